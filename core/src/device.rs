@@ -1,0 +1,179 @@
+//! What the object machine asks of a device, and nothing else: judge a range, take its pages, give them back, say when work is over.
+//!
+//! The order of the calls for one acquisition is *prepare → (the range becomes watched) → import → … → release*. No lock of this crate is
+//! held across any of them, all run on worker threads or on the thread that calls `acquire`, and never on the monitor thread.
+
+use std::time::Duration;
+
+use pinfold_invalidate::{HostRange, Mapping};
+use thiserror::Error;
+
+use crate::Ticket;
+
+/// What the device may do with the memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Access {
+    /// The device only reads. Read-only mappings are fine.
+    Read,
+    /// The device reads and writes. Every page must be writable by the program.
+    ReadWrite,
+}
+
+/// A range that is about to be given to a device.
+#[derive(Debug)]
+pub struct Request<'a> {
+    /// The range of the object.
+    pub range: HostRange,
+    /// What the device may do.
+    pub access: Access,
+    /// The mappings that cover `range`, in address order and without a hole, as they were a moment ago.
+    pub mappings: &'a [Mapping],
+    /// Some page of the range is watched by this process already. A second mapping (alias) of it must not be made then: it would inherit the watch.
+    pub watched: bool,
+    /// The object's label, for debug names and messages; may be empty.
+    pub label: &'a str,
+}
+
+/// What [`Device::prepare`] answers.
+#[derive(Debug)]
+pub enum Preparation<P> {
+    /// All that had to happen before the range becomes watched has happened.
+    Ready(P),
+    /// An alias has to be made and `Request::watched` is true: call again with the range unwatched.
+    NeedsUnwatched,
+}
+
+/// How an object's bytes reach the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Path {
+    /// The program's own mapping is imported.
+    Import,
+    /// A second mapping of the same shared pages, owned by us, is imported. It outlives the program's `munmap`.
+    AliasImport,
+    /// A copy in device memory.
+    Mirror(MirrorReason),
+}
+
+/// Why a copy stands in for the program's own pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum MirrorReason {
+    /// `PINFOLD_FORCE=mirror`, or the same in the configuration.
+    Forced,
+    /// The device has no way to import host memory.
+    Unsupported,
+    /// The trial import of this kind of mapping, or the import of this very range, was refused with this code of the device.
+    Refused(i32),
+}
+
+/// What a device answers when it can't.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum DeviceError {
+    /// The memory is not what the device needs: a hole, no permission, device memory. The object becomes `Faulted`.
+    #[error("range {range} can't be given to the device: {why}")]
+    Fault {
+        /// The part that is wrong.
+        range: HostRange,
+        /// What is wrong with it, and what to do.
+        why: &'static str,
+        /// `EFAULT`, `EPERM`, ...
+        errno: i32,
+    },
+    /// There is not enough device memory, host memory or budget.
+    #[error("range {range} needs {needed} bytes of {what}, and {available} are left")]
+    Budget {
+        /// The range asked for.
+        range: HostRange,
+        /// Which budget.
+        what: &'static str,
+        /// Bytes needed.
+        needed: u64,
+        /// Bytes left.
+        available: u64,
+    },
+    /// The device is lost: nothing it was given is used any more, and nothing works from now on.
+    #[error("the device is lost; unregister everything, and make a new device and a new manager")]
+    Lost,
+    /// A call of the device's interface failed.
+    #[error("{call} failed for range {range}: {code} (code {raw})")]
+    Failed {
+        /// Name of the call.
+        call: &'static str,
+        /// The range asked for.
+        range: HostRange,
+        /// The device's name for the error.
+        code: String,
+        /// The device's number for the error.
+        raw: i32,
+    },
+}
+
+impl DeviceError {
+    /// The errno that says the same.
+    #[must_use]
+    pub fn errno(&self) -> i32 {
+        match self {
+            Self::Fault { errno, .. } => *errno,
+            Self::Budget { .. } => libc::ENOMEM,
+            Self::Lost => libc::ENODEV,
+            Self::Failed { .. } => libc::EIO,
+        }
+    }
+}
+
+/// How work on a device ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Outcome {
+    /// It ran to its end.
+    Done,
+    /// The device was lost, or nobody can tell any more when the work ends (and the device promises that it doesn't run any more).
+    Lost,
+}
+
+/// A device that works on host memory.
+pub trait Device: Send + Sync + 'static {
+    /// What [`prepare`](Self::prepare) hands to [`import`](Self::import): the chosen path, an alias. Dropping it undoes the preparation.
+    type Prepared: Send;
+    /// Memory of the device over the program's pages (or a mirror of them). What a lease shows to the engine.
+    type Import: Send + Sync + 'static;
+    /// How the engine says when a submit is over: a timeline semaphore and a value, for Vulkan.
+    type Signal: Send + 'static;
+
+    /// Judges the range and does what must be done before it is watched.
+    ///
+    /// # Errors
+    /// [`DeviceError::Fault`] if the device must never see this range; the driver's word is not asked for that, as CPU drivers accept anything.
+    fn prepare(&self, request: &Request<'_>) -> Result<Preparation<Self::Prepared>, DeviceError>;
+
+    /// Takes the pages. May block and may be slow. The pages are populated and watched, and may still vanish at any moment: then the caller
+    /// throws the import away, and all this call must guarantee is that it neither crashes nor leaks.
+    ///
+    /// # Errors
+    /// Any; the range is then as if it had never been given.
+    fn import(&self, request: &Request<'_>, prepared: Self::Prepared) -> Result<Self::Import, DeviceError>;
+
+    /// Makes what the device sees current. Called at every acquire of a valid object; does nothing where the device reads the program's own pages.
+    ///
+    /// # Errors
+    /// [`DeviceError::Fault`] if the program's pages vanished meanwhile.
+    fn refresh(&self, import: &Self::Import, request: &Request<'_>) -> Result<(), DeviceError>;
+
+    /// Gives the pages back. Called once per import, when no lease and no unfinished work names it.
+    fn release(&self, import: Self::Import);
+
+    /// How the bytes reach the device.
+    fn path(&self, import: &Self::Import) -> Path;
+
+    /// Calls `ticket.retire(..)` when the work that `signal` stands for is over. Returns at once.
+    ///
+    /// The thread that does so should not allocate before it calls `retire`: a mutator that holds the allocator's lock may be waiting for it.
+    fn follow(&self, signal: Self::Signal, ticket: Ticket);
+
+    /// Waits until no work runs on the device, at most `limit`. Called by the manager's teardown only.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lost`] if it is lost (then nothing runs), [`DeviceError::Failed`] if the time is over.
+    fn wait_idle(&self, limit: Duration) -> Result<(), DeviceError>;
+}
