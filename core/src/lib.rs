@@ -2,6 +2,7 @@
 
 mod device;
 mod ticket;
+pub mod watch;
 
 pub use device::{Access, Device, DeviceError, MirrorReason, Outcome, Path, Preparation, Request};
 pub use ticket::Ticket;
