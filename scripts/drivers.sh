@@ -1,0 +1,29 @@
+# shellcheck shell=bash
+# The two Vulkan drivers that need no GPU, and how a command is told to use one of them. Sourced by the other scripts.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+drivers=(lavapipe swiftshader)
+
+# Runs scripts/setup and takes over what it found.
+prepare() {
+    "$root/scripts/setup"
+    # shellcheck source=/dev/null
+    source "$root/.cache/env"
+}
+
+# icd_of DRIVER prints the path of the driver's manifest.
+icd_of() {
+    case $1 in
+        lavapipe) printf '%s\n' "$PINFOLD_LAVAPIPE_ICD" ;;
+        swiftshader) printf '%s\n' "$PINFOLD_SWIFTSHADER_ICD" ;;
+        *) echo "unknown driver '$1': it is one of ${drivers[*]}" >&2; return 1 ;;
+    esac
+}
+
+# on_driver DRIVER COMMAND... runs the command with the Vulkan loader limited to that driver. The second variable is
+# the older name of the first; the third keeps Mesa's layer, which reorders devices, out of the way.
+on_driver() {
+    local icd
+    icd=$(icd_of "$1")
+    PINFOLD_TEST_DRIVER=$1 VK_DRIVER_FILES=$icd VK_ICD_FILENAMES=$icd NODEVICE_SELECT=1 "${@:2}"
+}
