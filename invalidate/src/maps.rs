@@ -1,15 +1,33 @@
 //! What is mapped where: the kernel's own list of mappings, asked for one range at a time.
+//!
+//! Registering a range with userfaultfd succeeds over a hole, so whoever watches memory must ask separately what is there.
+//! Two sources give the same answer: the `PROCMAP_QUERY` ioctl (Linux 6.11), which costs about a microsecond per mapping
+//! however many there are, and the text of `/proc/self/maps`, which is read from its beginning. The first is tried first.
+//!
+//! Neither is a snapshot: mappings that other threads change during the walk show before or after the change. Whoever
+//! acts on the answer must have another way to learn of a change, such as a generation.
+//!
+//! `/proc/self/maps` is opened per call (2 µs beside the ioctl's 1): a descriptor that was kept would, in a forked child,
+//! go on telling the parent's mappings.
+
+mod backing;
+mod query;
+mod text;
+
+use std::fs::File;
+use std::io::{self, BufReader};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use thiserror::Error;
 
-use crate::HostRange;
+use crate::{HostRange, MAX_PAGES, USER_SPACE_END, page_size};
 
 /// One mapping of this process (a VMA), or the part of it inside the range that was asked about.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mapping {
     /// The part inside the range that was asked about.
     pub range: HostRange,
-    /// The whole mapping.
+    /// The whole mapping. Of one that is larger than a range can be, a part that contains `range`.
     pub whole: HostRange,
     /// What the program may do there.
     pub protection: Protection,
@@ -48,17 +66,18 @@ pub struct FileId {
 /// What backs a mapping, as far as the kernel's list tells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Backing {
-    /// Private anonymous memory that is neither `[heap]` nor the main stack.
+    /// Private anonymous memory that is neither `[heap]` nor the main stack; named `[anon:…]` or not, `/dev/zero` included.
     Anonymous,
     /// `[heap]`: the C library's main arena, which it trims while it holds its lock.
     Heap,
     /// `[stack]`: the main thread's.
     Stack,
-    /// Pages of the kernel's shared-memory file system: memfd, `/dev/shm`, System V, anonymous shared memory.
+    /// Pages of the kernel's shared-memory file system: memfd, `/dev/shm`, System V, anonymous shared memory; also when
+    /// they are mapped privately.
     SharedMemory,
-    /// Any other file.
+    /// Any other file, also one of a tmpfs that isn't `/dev/shm`.
     File,
-    /// `[vvar]`, `[vdso]` and the like, and device mappings (`VM_PFNMAP`, `VM_IO`): no pages a device could be given.
+    /// `[vvar]`, `[vdso]` and the like, and mappings of devices, DMA buffers, rings: no pages a device could be given.
     Special,
 }
 
@@ -78,3 +97,121 @@ pub enum MapsError {
     #[error("can't read the list of mappings (/proc/self/maps): {0}; is /proc mounted?")]
     Unreadable(#[source] std::io::Error),
 }
+
+/// The mappings that cover `range`, in address order, each cut to `range`. Allocates.
+///
+/// # Errors
+/// [`MapsError::Hole`] with the first address where nothing is mapped, [`MapsError::Unreadable`].
+pub fn mappings(range: HostRange) -> Result<Vec<Mapping>, MapsError> {
+    mappings_from(Source::open()?, range)
+}
+
+/// The mapping that contains `addr`, if there is one; its `range` is its `whole`. Allocates.
+///
+/// # Errors
+/// [`MapsError::Unreadable`].
+pub fn mapping_at(addr: usize) -> Result<Option<Mapping>, MapsError> {
+    mapping_from(Source::open()?, addr)
+}
+
+fn mappings_from(mut source: Source, range: HostRange) -> Result<Vec<Mapping>, MapsError> {
+    let mut found = Vec::new();
+    let mut rest = Some(range);
+    while let Some(part) = rest {
+        let at = part.start();
+        let hole = MapsError::Hole { range, at };
+        let Some(raw) = source.next(at).map_err(MapsError::Unreadable)? else { return Err(hole) };
+        let Some(whole) = raw.whole(at) else { return Err(hole) };
+        let cut = whole.intersection(part).expect("both contain `at`");
+        found.push(raw.mapping(whole, cut));
+        rest = range.starting_at(cut.end());
+    }
+    Ok(found)
+}
+
+fn mapping_from(mut source: Source, addr: usize) -> Result<Option<Mapping>, MapsError> {
+    let at = addr & !(page_size() - 1);
+    let Some(raw) = source.next(at).map_err(MapsError::Unreadable)? else { return Ok(None) };
+    Ok(raw.whole(at).map(|whole| raw.mapping(whole, whole)))
+}
+
+/// A mapping as either source tells it, before it is cut to anything. `start < end`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Raw {
+    start: usize,
+    end: usize,
+    protection: Protection,
+    shared: bool,
+    offset: u64,
+    file: Option<FileId>,
+    backing: Backing,
+}
+
+impl Raw {
+    /// The mapping as a range, which contains the page at `at`; `None` if the mapping doesn't.
+    fn whole(&self, at: usize) -> Option<HostRange> {
+        let end = self.end.min(USER_SPACE_END); // `[vsyscall]` lies above
+        if at < self.start || at >= end {
+            return None;
+        }
+        let whole = HostRange::new(self.start, end - self.start);
+        // A sanitizer's shadow memory has more pages than a range may have.
+        whole.or_else(|_| HostRange::new(at, (end - at).min(MAX_PAGES * page_size()))).ok()
+    }
+
+    /// `part` of this mapping, which lies inside `whole`.
+    fn mapping(&self, whole: HostRange, part: HostRange) -> Mapping {
+        let offset = self.offset.wrapping_add((part.start() - self.start) as u64);
+        Mapping {
+            range: part,
+            whole,
+            protection: self.protection,
+            shared: self.shared,
+            backing: self.backing,
+            file: self.file,
+            offset: if self.file.is_some() { offset } else { 0 },
+        }
+    }
+}
+
+/// Where mappings are read from; asked with rising addresses.
+enum Source {
+    Query(File),
+    Text(text::Lines<BufReader<File>>),
+}
+
+/// Set when the kernel has answered that it doesn't know the ioctl: it won't learn it.
+static NO_QUERY: AtomicBool = AtomicBool::new(false);
+
+impl Source {
+    fn open() -> Result<Self, MapsError> {
+        // The standard library opens with O_CLOEXEC.
+        let file = File::open("/proc/self/maps").map_err(MapsError::Unreadable)?;
+        Ok(if NO_QUERY.load(Ordering::Relaxed) { Self::text(file) } else { Self::Query(file) })
+    }
+
+    fn text(file: File) -> Self {
+        Self::Text(text::Lines::new(BufReader::new(file)))
+    }
+
+    /// The first mapping that ends above `at`.
+    fn next(&mut self, at: usize) -> io::Result<Option<Raw>> {
+        match self {
+            Self::Text(lines) => lines.next(at),
+            Self::Query(file) => match query::covering_or_next(file, at) {
+                Err(err) => {
+                    // A kernel without the ioctl says ENOTTY; a sandbox may say anything. The text is always there.
+                    if err.raw_os_error() == Some(libc::ENOTTY) {
+                        NO_QUERY.store(true, Ordering::Relaxed);
+                    }
+                    *self = Self::text(File::open("/proc/self/maps")?);
+                    self.next(at)
+                }
+                found => found,
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

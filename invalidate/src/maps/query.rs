@@ -1,0 +1,93 @@
+//! The `PROCMAP_QUERY` ioctl of `/proc/<pid>/maps` (`linux/fs.h`, Linux 6.11).
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
+use std::mem::{offset_of, size_of};
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+
+use super::{FileId, Protection, Raw, backing};
+
+/// `struct procmap_query`.
+#[repr(C)]
+#[derive(Default)]
+struct ProcmapQuery {
+    size: u64,
+    query_flags: u64,
+    query_addr: u64,
+    vma_start: u64,
+    vma_end: u64,
+    vma_flags: u64,
+    vma_page_size: u64,
+    vma_offset: u64,
+    inode: u64,
+    dev_major: u32,
+    dev_minor: u32,
+    vma_name_size: u32,
+    build_id_size: u32,
+    vma_name_addr: u64,
+    build_id_addr: u64,
+}
+
+const _: () = assert!(size_of::<ProcmapQuery>() == 104 && offset_of!(ProcmapQuery, build_id_addr) == 96);
+
+// `PROCMAP_QUERY_*` of `linux/fs.h`.
+const VMA_READABLE: u64 = 0x01;
+const VMA_WRITABLE: u64 = 0x02;
+const VMA_EXECUTABLE: u64 = 0x04;
+const VMA_SHARED: u64 = 0x08;
+const COVERING_OR_NEXT_VMA: u64 = 0x10;
+
+nix::ioctl_readwrite!(procmap_query, b'f', 17, ProcmapQuery);
+
+/// The first mapping that ends above `at`.
+pub(super) fn covering_or_next(maps: &File, at: usize) -> io::Result<Option<Raw>> {
+    let mut name = [0_u8; libc::PATH_MAX as usize];
+    let mut query = ProcmapQuery {
+        size: size_of::<ProcmapQuery>() as u64,
+        query_flags: COVERING_OR_NEXT_VMA,
+        query_addr: at as u64,
+        vma_name_size: name.len() as u32,
+        vma_name_addr: name.as_mut_ptr().expose_provenance() as u64,
+        ..Default::default()
+    };
+    match ask(maps, &mut query) {
+        Err(libc::ENOENT) => return Ok(None),
+        // A path longer than any path may be: known to be a file, and told without its name.
+        Err(libc::ENAMETOOLONG) => {
+            query = ProcmapQuery { vma_name_size: 0, vma_name_addr: 0, ..query };
+            match ask(maps, &mut query) {
+                Err(libc::ENOENT) => return Ok(None),
+                answer => answer.map_err(io::Error::from_raw_os_error)?,
+            }
+        }
+        answer => answer.map_err(io::Error::from_raw_os_error)?,
+    }
+    // The size that comes back counts the terminating zero.
+    let name = &name[..(query.vma_name_size as usize).saturating_sub(1).min(name.len())];
+    Ok(Some(raw(&query, OsStr::from_bytes(name))))
+}
+
+/// The ioctl; its error as an errno.
+fn ask(maps: &File, query: &mut ProcmapQuery) -> Result<(), i32> {
+    // SAFETY: `query` is the structure that PROCMAP_QUERY reads and writes, with its true size in `size`; `vma_name_addr`
+    // is null or points at the caller's buffer of `vma_name_size` bytes, which outlives the call.
+    let answer = unsafe { procmap_query(maps.as_raw_fd(), query) };
+    answer.map(drop).map_err(|errno| errno as i32)
+}
+
+fn raw(query: &ProcmapQuery, name: &OsStr) -> Raw {
+    let has = |flag| query.vma_flags & flag != 0;
+    let file = FileId { major: query.dev_major, minor: query.dev_minor, inode: query.inode };
+    let file = (file != FileId { major: 0, minor: 0, inode: 0 }).then_some(file);
+    Raw {
+        start: query.vma_start as usize,
+        end: query.vma_end as usize,
+        protection: Protection { read: has(VMA_READABLE), write: has(VMA_WRITABLE), exec: has(VMA_EXECUTABLE) },
+        shared: has(VMA_SHARED),
+        offset: query.vma_offset,
+        file,
+        backing: backing::classify(name, file),
+    }
+}
