@@ -1,0 +1,265 @@
+//! Tells the object machine when work on the device is over.
+//!
+//! Somewhere a thread may stand still inside `munmap` until it hears so. It may hold the allocator's lock while it stands there. Hence the
+//! law of this file: between the moment a semaphore reaches its value and the ticket's `retire`, nothing is allocated, nothing is freed,
+//! and no lock is taken under which others allocate or free.
+//!
+//! Each semaphore that has work pending has a *line*: a thread, and the tickets in the order of their values. The thread waits for the lowest
+//! value of its own semaphore only, because a wait for any of several semaphores is a busy loop in one driver family. It waits in slices,
+//! so that a lower value which arrives later, the end of the manager, and a device lost elsewhere are noticed. A line that has had nothing
+//! to do for a while ends, because engines make and destroy semaphores; a semaphore is touched only while a ticket for it is pending.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
+use std::mem;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use ash::vk;
+use pinfold_core::{Outcome, Ticket};
+
+use crate::gpu::Gpu;
+
+/// The longest wait for a semaphore in one piece.
+const SLICE: Duration = Duration::from_millis(20);
+/// The pause after a wait that failed for want of memory.
+const PAUSE: Duration = Duration::from_millis(1);
+/// A line without work ends after this time.
+const IDLE: Duration = Duration::from_secs(2);
+/// Room for this many tickets is made at once.
+const ROOM: usize = 64;
+
+/// When a submit is over: when this timeline semaphore reaches this value.
+///
+/// The semaphore may be the engine's or be made for this purpose. It lives at least until the submit has been retired.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Timeline {
+    /// A timeline semaphore of the manager's device.
+    pub semaphore: vk::Semaphore,
+    /// The value that the submit signals.
+    pub value: u64,
+}
+
+/// The lines of one device. Dropping it ends them and waits for that; tickets still pending then are retired as lost.
+pub(crate) struct Completion(Arc<Lines>);
+
+struct Lines {
+    gpu: Arc<Gpu>,
+    /// Taken by those who submit and by lines that end, never by a line that has a ticket to retire.
+    by_semaphore: Mutex<HashMap<vk::Semaphore, (Arc<Line>, JoinHandle<()>)>>,
+}
+
+struct Line {
+    semaphore: vk::Semaphore,
+    /// A leaf, under which nothing is allocated or freed.
+    queue: Mutex<Queue>,
+    /// Rings when a ticket comes to an empty queue and when the line is to stop.
+    bell: Condvar,
+}
+
+struct Queue {
+    pending: BinaryHeap<Reverse<Waiting>>,
+    /// No thread serves this line any more; nothing may be queued.
+    closed: bool,
+    /// The thread is to end.
+    stop: bool,
+}
+
+/// A ticket and the value it waits for; ordered by the value alone.
+struct Waiting {
+    value: u64,
+    ticket: Ticket,
+}
+
+impl PartialEq for Waiting {
+    fn eq(&self, other: &Self) -> bool {
+        self.value == other.value
+    }
+}
+
+impl Eq for Waiting {}
+
+impl PartialOrd for Waiting {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Waiting {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.value.cmp(&other.value)
+    }
+}
+
+impl Completion {
+    pub(crate) fn new(gpu: &Arc<Gpu>) -> Self {
+        Self(Arc::new(Lines { gpu: Arc::clone(gpu), by_semaphore: Mutex::default() }))
+    }
+
+    /// Retires `ticket` when `signal` is reached, or the device lost.
+    pub(crate) fn follow(&self, signal: Timeline, ticket: Ticket) {
+        if self.0.gpu.is_lost() {
+            return ticket.retire(Outcome::Lost);
+        }
+        let mut waiting = Waiting { value: signal.value, ticket };
+        loop {
+            let Some(line) = self.0.line(signal.semaphore) else {
+                return self.wait_here(signal.semaphore, waiting);
+            };
+            match line.push(waiting) {
+                Ok(()) => return,
+                Err(again) => waiting = again, // the line has just ended
+            }
+        }
+    }
+
+    /// The way out when the system refuses another thread: late is better than never.
+    fn wait_here(&self, semaphore: vk::Semaphore, waiting: Waiting) {
+        let line = Line::new(semaphore);
+        let queued = line.push(waiting);
+        debug_assert!(queued.is_ok(), "a new line is open");
+        while line.serve_once(&self.0.gpu) {}
+    }
+}
+
+impl Drop for Completion {
+    fn drop(&mut self) {
+        let lines = mem::take(&mut *self.0.by_semaphore());
+        for (line, _) in lines.values() {
+            line.queue().stop = true;
+            line.bell.notify_one();
+        }
+        for (_, thread) in lines.into_values() {
+            // The last ticket's retire may be what drops the manager: then this is one of the threads, about to end.
+            if thread.thread().id() != thread::current().id() {
+                thread.join().expect("a line doesn't panic");
+            }
+        }
+    }
+}
+
+impl Lines {
+    /// The line of `semaphore`, a new one if there is none; `None` if the system refuses a thread.
+    fn line(self: &Arc<Self>, semaphore: vk::Semaphore) -> Option<Arc<Line>> {
+        let mut lines = self.by_semaphore();
+        if let Some((line, _)) = lines.get(&semaphore)
+            && !line.queue().closed
+        {
+            return Some(Arc::clone(line));
+        }
+        let line = Arc::new(Line::new(semaphore));
+        let (mine, owner) = (Arc::clone(&line), Arc::clone(self));
+        let thread = thread::Builder::new().name("pinfold-done".to_owned()).spawn(move || mine.run(&owner)).ok()?;
+        // A closed line that is replaced here ends on its own; dropping its handle detaches it.
+        lines.insert(semaphore, (Arc::clone(&line), thread));
+        Some(line)
+    }
+
+    /// Removes a line that has closed, unless it has been replaced.
+    fn forget(&self, line: &Arc<Line>) {
+        let mut lines = self.by_semaphore();
+        if lines.get(&line.semaphore).is_some_and(|(current, _)| Arc::ptr_eq(current, line)) {
+            lines.remove(&line.semaphore);
+        }
+    }
+
+    fn by_semaphore(&self) -> MutexGuard<'_, HashMap<vk::Semaphore, (Arc<Line>, JoinHandle<()>)>> {
+        // A panic under the lock can only be a failed allocation of the map, which leaves the map as it was.
+        self.by_semaphore.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Line {
+    fn new(semaphore: vk::Semaphore) -> Self {
+        let queue = Queue { pending: BinaryHeap::with_capacity(ROOM), closed: false, stop: false };
+        Self { semaphore, queue: Mutex::new(queue), bell: Condvar::new() }
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().expect("no code under this lock panics")
+    }
+
+    /// Adds a ticket, or gives it back if the line has closed. Room is made outside the lock.
+    fn push(&self, waiting: Waiting) -> Result<(), Waiting> {
+        let mut room = BinaryHeap::new();
+        loop {
+            let mut queue = self.queue();
+            if queue.closed {
+                return Err(waiting);
+            }
+            if queue.pending.len() == queue.pending.capacity() {
+                let wanted = 2 * queue.pending.len();
+                if room.capacity() < wanted {
+                    drop(queue);
+                    room = BinaryHeap::with_capacity(wanted);
+                    continue;
+                }
+                room.extend(queue.pending.drain());
+                mem::swap(&mut room, &mut queue.pending);
+            }
+            queue.pending.push(Reverse(waiting));
+            drop(queue); // before `room`, which is freed at the end
+            self.bell.notify_one();
+            return Ok(());
+        }
+    }
+
+    /// What the line's thread does.
+    fn run(self: &Arc<Self>, lines: &Lines) {
+        loop {
+            if self.serve_once(&lines.gpu) {
+                continue;
+            }
+            let queue = self.queue();
+            let idle = |queue: &mut Queue| queue.pending.is_empty() && !queue.stop;
+            let (mut queue, _) =
+                self.bell.wait_timeout_while(queue, IDLE, idle).expect("no code under this lock panics");
+            if queue.pending.is_empty() {
+                queue.closed = true;
+                let stopped = queue.stop;
+                drop(queue);
+                if !stopped {
+                    lines.forget(self);
+                }
+                return;
+            }
+        }
+    }
+
+    /// Waits for the lowest value, at most a slice, and retires what is over. Returns whether more is pending.
+    fn serve_once(&self, gpu: &Gpu) -> bool {
+        let queue = self.queue();
+        let Some(Reverse(first)) = queue.pending.peek() else { return false };
+        let (value, stop) = (first.value, queue.stop);
+        drop(queue);
+        if stop || gpu.is_lost() {
+            self.retire(u64::MAX, Outcome::Lost);
+            return false;
+        }
+        // SAFETY: a ticket for this semaphore is pending, and until it is retired the engine keeps the semaphore alive (the contract of
+        // `VulkanDevice::new`).
+        match unsafe { gpu.wait(self.semaphore, value, SLICE) } {
+            Ok(true) => self.retire(value, Outcome::Done),
+            Ok(false) => {}
+            Err(vk::Result::ERROR_DEVICE_LOST) => self.retire(u64::MAX, Outcome::Lost),
+            Err(_) => thread::sleep(PAUSE),
+        }
+        true
+    }
+
+    /// Retires every ticket whose value is at most `reached`.
+    fn retire(&self, reached: u64, outcome: Outcome) {
+        loop {
+            let mut queue = self.queue();
+            if queue.pending.peek().is_none_or(|Reverse(first)| first.value > reached) {
+                return;
+            }
+            let over = queue.pending.pop();
+            drop(queue);
+            if let Some(Reverse(Waiting { ticket, .. })) = over {
+                ticket.retire(outcome);
+            }
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! What the program decides: which device, how much of it, and for people who debug, which path.
+
+use std::env;
+use std::ffi::CStr;
+use std::fmt;
+use std::time::Duration;
+
+use ash::vk;
+
+use crate::Error;
+
+/// The device that imports go to. The handles stay the program's: nothing here is destroyed by Pinfold.
+#[derive(Clone)]
+pub struct DeviceContext {
+    /// The instance, made for Vulkan 1.1 or later.
+    pub instance: ash::Instance,
+    /// The physical device, one of the instance's.
+    pub physical: vk::PhysicalDevice,
+    /// The device, made of `physical` with everything that [`requirements`](crate::requirements) lists.
+    pub device: ash::Device,
+    /// The names of the extensions that were enabled, as [`Requirements::extensions`](crate::Requirements::extensions) lists them.
+    /// With `VK_EXT_debug_utils` among them (an instance extension), buffers and memory carry the labels of their objects.
+    pub extensions: Vec<&'static CStr>,
+    /// Whether the feature `bufferDeviceAddress` was enabled. Imports can then be used by address.
+    pub buffer_device_address: bool,
+}
+
+impl fmt::Debug for DeviceContext {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DeviceContext")
+            .field("physical", &self.physical)
+            .field("device", &self.device.handle())
+            .field("extensions", &self.extensions)
+            .field("buffer_device_address", &self.buffer_device_address)
+            .finish_non_exhaustive()
+    }
+}
+
+/// How a manager works. The default suits every program.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Config {
+    /// The path that every range takes, whatever the device says. `PINFOLD_FORCE` in the environment wins over this.
+    pub force: Option<Force>,
+    /// The longest time a thread that unmaps is kept waiting for the device.
+    pub deadline: Duration,
+    /// The most bytes that imports and mirrors of this manager may have together. `None`: what the device has.
+    pub budget: Option<u64>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { force: None, deadline: Duration::from_millis(100), budget: None }
+    }
+}
+
+/// A path that is taken whatever trials say, for people who debug. Tools that replay a program need `Mirror`, for example.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Force {
+    /// Every object is a copy. Objects that the device writes can't be acquired.
+    Mirror,
+    /// Every object is an import of the program's own mapping. No mirror stands in: a refusal is an error.
+    Import,
+    /// Shared mappings are imported through an alias, private ones (which have no alias) directly. No mirror stands in: a refusal is an
+    /// error.
+    Alias,
+}
+
+impl Force {
+    /// What `PINFOLD_FORCE` says; `None` if it is unset or empty.
+    ///
+    /// # Errors
+    /// [`Error::BadForce`] for any other value than `mirror`, `import` and `alias`.
+    pub fn from_env() -> Result<Option<Self>, Error> {
+        env::var_os("PINFOLD_FORCE").map_or(Ok(None), |value| Self::parse(&value.to_string_lossy()))
+    }
+
+    fn parse(value: &str) -> Result<Option<Self>, Error> {
+        match value {
+            "" => Ok(None),
+            "mirror" => Ok(Some(Self::Mirror)),
+            "import" => Ok(Some(Self::Import)),
+            "alias" => Ok(Some(Self::Alias)),
+            other => Err(Error::BadForce { value: other.to_owned() }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_force_value_nobody_knows_is_named_in_the_error() {
+        assert_eq!(Force::parse("alias").unwrap(), Some(Force::Alias));
+        assert_eq!(Force::parse("").unwrap(), None);
+        let message = Force::parse("Mirror").unwrap_err().to_string();
+        assert!(message.contains("\"Mirror\"") && message.contains("`mirror`, `import` or `alias`"), "{message}");
+    }
+}

@@ -1,0 +1,385 @@
+//! An object's bytes as Vulkan buffers, and how the program's own pages become some.
+//!
+//! Alignment is the driver's, not the page's: a range is rounded out to `minImportedHostPointerAlignment`, and the buffer is bound at the
+//! remainder, so that it is exactly the object. Rounding never leaves the mappings of the range, and where the device writes it doesn't
+//! happen at all, because the pages next door may have another owner.
+//!
+//! Large ranges become several chunks, each with its own memory object and buffer, because drivers refuse or truncate large imports.
+//! Whatever a driver refuses, with whatever code, means one thing: this range becomes a mirror instead.
+
+use std::fmt;
+use std::sync::Arc;
+
+use ash::vk;
+use pinfold_core::{Access, DeviceError, Path, Request};
+use pinfold_invalidate::{HostRange, Protection};
+
+use crate::alias::Alias;
+use crate::budget::Share;
+use crate::gpu::{Gpu, OwnedBuffer, OwnedMemory};
+use crate::mirror::MirrorPiece;
+
+/// An object's bytes on the device. A lease shows it; it lives until the last lease and the last unfinished work that name it are gone.
+///
+/// The buffers of a writable mapping can be used for everything but images: storage, uniform, both texel kinds, vertex, index, indirect,
+/// transfer in both directions, and by address if the device was made for that. Those of a read-only mapping can't be used for what
+/// writes: storage, storage texels and transfer destination. A mirror has the usages that an import of the same mapping would have.
+///
+/// Memory is always host-coherent. A host write before the submit needs no barrier; before the host reads what the device wrote, the work
+/// needs a barrier to `HOST_READ` at its end.
+pub struct Import {
+    /// The buffer that holds the object, or its first chunk.
+    pub buffer: vk::Buffer,
+    /// Where the object's bytes start in `buffer`.
+    pub offset: vk::DeviceSize,
+    /// How many of the object's bytes are in `buffer` from there on: all, unless there are several [`chunks`](Self::chunks).
+    pub size: vk::DeviceSize,
+    chunks: Box<[Chunk]>,
+    path: Path,
+    // Dropped in this order: buffers and device memory first, then the mapping under them.
+    store: Store,
+    _alias: Option<Arc<Alias>>,
+}
+
+/// A part of an object in a buffer of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Chunk {
+    /// Where the part starts inside the object, in bytes.
+    pub at: u64,
+    /// The buffer that holds it.
+    pub buffer: vk::Buffer,
+    /// Where it starts in the buffer, in bytes.
+    pub offset: vk::DeviceSize,
+    /// How many bytes it has.
+    pub size: vk::DeviceSize,
+}
+
+/// What keeps the buffers alive.
+pub(crate) enum Store {
+    Imported(#[allow(dead_code, reason = "held for its drop")] Box<[ImportPiece]>),
+    Mirrored(Box<[MirrorPiece]>),
+}
+
+impl Import {
+    /// The parts of the object in address order, without a gap: one, unless the object is larger than about 1 GiB (precisely
+    /// [`Capabilities::chunk_size`](crate::Capabilities::chunk_size)).
+    #[must_use]
+    pub fn chunks(&self) -> &[Chunk] {
+        &self.chunks
+    }
+
+    /// How the bytes reach the device.
+    #[must_use]
+    pub fn path(&self) -> Path {
+        self.path
+    }
+
+    pub(crate) fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// The import whose chunks hold `sizes` bytes each, every one at the start of its buffer.
+    pub(crate) fn new(
+        path: Path,
+        pieces: impl Iterator<Item = (vk::Buffer, u64)>,
+        store: Store,
+        alias: Option<Arc<Alias>>,
+    ) -> Self {
+        let mut at = 0;
+        let chunks: Box<[Chunk]> = pieces
+            .map(|(buffer, size)| {
+                let chunk = Chunk { at, buffer, offset: 0, size };
+                at += size;
+                chunk
+            })
+            .collect();
+        let Chunk { buffer, offset, size, .. } = *chunks.first().expect("a range is never empty, so it has a chunk");
+        Self { buffer, offset, size, chunks, path, store, _alias: alias }
+    }
+}
+
+impl fmt::Debug for Import {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Import").field("chunks", &self.chunks).field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+/// One chunk's buffer and the imported memory under it. Dropped in this order.
+pub(crate) struct ImportPiece {
+    buffer: OwnedBuffer,
+    _memory: OwnedMemory,
+    size: u64,
+}
+
+/// Why a range wasn't imported.
+#[derive(Debug)]
+pub(crate) enum NotImported {
+    /// The driver, or a rule of Vulkan that it relies on, said no: the range can still be mirrored.
+    Refused { call: &'static str, code: vk::Result },
+    /// Nothing else will do either: the budget is used up, or the device is lost.
+    Stop(DeviceError),
+}
+
+impl NotImported {
+    fn refused(gpu: &Gpu, call: &'static str) -> impl Fn(vk::Result) -> Self {
+        let lost = gpu.is_lost();
+        move |code| {
+            if lost || code == vk::Result::ERROR_DEVICE_LOST {
+                Self::Stop(DeviceError::Lost)
+            } else {
+                Self::Refused { call, code }
+            }
+        }
+    }
+}
+
+const EXTERNAL: vk::ExternalMemoryHandleTypeFlags = vk::ExternalMemoryHandleTypeFlags::HOST_ALLOCATION_EXT;
+
+/// The usages of buffers that nobody can write through.
+const READING: vk::BufferUsageFlags = vk::BufferUsageFlags::from_raw(
+    vk::BufferUsageFlags::TRANSFER_SRC.as_raw()
+        | vk::BufferUsageFlags::UNIFORM_TEXEL_BUFFER.as_raw()
+        | vk::BufferUsageFlags::UNIFORM_BUFFER.as_raw()
+        | vk::BufferUsageFlags::INDEX_BUFFER.as_raw()
+        | vk::BufferUsageFlags::VERTEX_BUFFER.as_raw()
+        | vk::BufferUsageFlags::INDIRECT_BUFFER.as_raw(),
+);
+
+/// The usages that can write.
+const WRITING: vk::BufferUsageFlags = vk::BufferUsageFlags::from_raw(
+    vk::BufferUsageFlags::TRANSFER_DST.as_raw()
+        | vk::BufferUsageFlags::STORAGE_TEXEL_BUFFER.as_raw()
+        | vk::BufferUsageFlags::STORAGE_BUFFER.as_raw(),
+);
+
+/// The usages of buffers over mappings with these protections. A CPU driver that writes to a read-only mapping kills the process, hence the
+/// split.
+pub(crate) fn usage(gpu: &Gpu, protections: impl IntoIterator<Item = Protection>) -> vk::BufferUsageFlags {
+    let mut usage = READING;
+    if protections.into_iter().all(|protection| protection.write) {
+        usage |= WRITING;
+    }
+    if gpu.context.buffer_device_address {
+        usage |= vk::BufferUsageFlags::SHADER_DEVICE_ADDRESS;
+    }
+    usage
+}
+
+/// Imports the pages at `range`: those of the request itself, or of its alias.
+///
+/// # Errors
+/// [`NotImported`]; nothing is held then.
+pub(crate) fn import(
+    gpu: &Arc<Gpu>,
+    request: &Request<'_>,
+    range: HostRange,
+    usage: vk::BufferUsageFlags,
+) -> Result<Box<[ImportPiece]>, NotImported> {
+    // An alias has no neighbours that rounding could reach: it is only made where none is needed.
+    let limits = if range == request.range { room(request) } else { (range.start(), range.end()) };
+    let Some(cuts) = cut(range, limits, gpu.caps.import_alignment, gpu.caps.chunk_size) else {
+        let code = vk::Result::ERROR_INVALID_EXTERNAL_HANDLE;
+        return Err(NotImported::Refused { call: "rounding out to minImportedHostPointerAlignment", code });
+    };
+    cuts.iter().map(|cut| import_piece(gpu, request, cut, usage)).collect()
+}
+
+/// The chunks of an import.
+pub(crate) fn imported(path: Path, pieces: Box<[ImportPiece]>, alias: Option<Arc<Alias>>) -> Import {
+    let chunks: Vec<_> = pieces.iter().map(|piece| (piece.buffer.raw, piece.size)).collect();
+    Import::new(path, chunks.into_iter(), Store::Imported(pieces), alias)
+}
+
+/// How far the request's range may be rounded out: not at all if the device writes, else to the ends of the outermost mappings.
+fn room(request: &Request<'_>) -> (usize, usize) {
+    match (request.access, request.mappings) {
+        (Access::Read, [first, .., last]) => (first.whole.start(), last.whole.end()),
+        (Access::Read, [only]) => (only.whole.start(), only.whole.end()),
+        _ => (request.range.start(), request.range.end()),
+    }
+}
+
+/// One piece of memory to import, and the part of it that is the object's.
+#[derive(Debug, PartialEq, Eq)]
+struct Cut {
+    memory: (usize, usize),
+    object: (usize, usize),
+}
+
+/// `range` in pieces of at most `chunk` bytes whose bounds are multiples of `alignment`; inner bounds are multiples of `chunk`'s own
+/// alignment too, as far as it is a power of two. `None` if that needs bytes outside `room`.
+fn cut(range: HostRange, room: (usize, usize), alignment: u64, chunk: u64) -> Option<Vec<Cut>> {
+    let (alignment, chunk) = (usize::try_from(alignment).ok()?, usize::try_from(chunk).ok()?);
+    let start = range.start() / alignment * alignment;
+    let end = range.end().checked_next_multiple_of(alignment)?;
+    if start < room.0 || room.1 < end {
+        return None;
+    }
+    let edge = 1 << chunk.trailing_zeros();
+    let mut cuts = Vec::with_capacity((end - start) / chunk + 1);
+    let mut at = start;
+    while at < end {
+        let next = ((at + chunk) / edge * edge).min(end);
+        cuts.push(Cut { memory: (at, next), object: (at.max(range.start()), next.min(range.end())) });
+        at = next;
+    }
+    Some(cuts)
+}
+
+fn import_piece(
+    gpu: &Arc<Gpu>,
+    request: &Request<'_>,
+    cut: &Cut,
+    usage: vk::BufferUsageFlags,
+) -> Result<ImportPiece, NotImported> {
+    let Some(host_memory) = &gpu.host_memory else {
+        return Err(NotImported::Refused {
+            call: "VK_EXT_external_memory_host",
+            code: vk::Result::ERROR_EXTENSION_NOT_PRESENT,
+        });
+    };
+    let refused = |call| NotImported::refused(gpu, call);
+    let no = |call, code| Err(refused(call)(code));
+    let pointer = std::ptr::with_exposed_provenance_mut(cut.memory.0);
+    let (memory_size, size) = ((cut.memory.1 - cut.memory.0) as u64, (cut.object.1 - cut.object.0) as u64);
+    let remainder = (cut.object.0 - cut.memory.0) as u64;
+
+    let mut pointed = vk::MemoryHostPointerPropertiesEXT::default();
+    let query = host_memory.fp().get_memory_host_pointer_properties_ext;
+    // SAFETY: the device is live and has the command; `pointer` is aligned as it asks, in mapped memory that passed admission.
+    let answer = unsafe { query(gpu.device().handle(), EXTERNAL, pointer, &raw mut pointed) };
+    answer.result().map_err(|code| gpu.saw(code)).map_err(refused("vkGetMemoryHostPointerPropertiesEXT"))?;
+
+    let mut external = vk::ExternalMemoryBufferCreateInfo::default().handle_types(EXTERNAL);
+    let info = vk::BufferCreateInfo::default().size(size).usage(usage).push_next(&mut external);
+    let buffer = OwnedBuffer::new(gpu, &info, request.label).map_err(refused("vkCreateBuffer"))?;
+    let needs = buffer.requirements();
+    if !remainder.is_multiple_of(needs.alignment) || remainder + needs.size > memory_size {
+        return no("vkGetBufferMemoryRequirements", vk::Result::ERROR_INVALID_EXTERNAL_HANDLE);
+    }
+    let Some(kind) = memory_type(&gpu.memory, pointed.memory_type_bits, needs.memory_type_bits) else {
+        return no("choosing a host-coherent memory type", vk::Result::ERROR_INVALID_EXTERNAL_HANDLE);
+    };
+
+    let heap = gpu.memory.memory_types[kind as usize].heap_index;
+    let share = Share::of_allocation(gpu, request.range, heap, memory_size).map_err(NotImported::Stop)?;
+    let mut host = vk::ImportMemoryHostPointerInfoEXT::default().handle_type(EXTERNAL).host_pointer(pointer);
+    let mut flags = vk::MemoryAllocateFlagsInfo::default().flags(vk::MemoryAllocateFlags::DEVICE_ADDRESS);
+    let mut info =
+        vk::MemoryAllocateInfo::default().allocation_size(memory_size).memory_type_index(kind).push_next(&mut host);
+    if gpu.context.buffer_device_address {
+        info = info.push_next(&mut flags);
+    }
+    // SAFETY: pointer and size are multiples of the alignment that the device asks for, inside mapped memory that passed admission; who
+    // registered the range has promised that it stays mapped while the import lives or that every change of it is seen in time.
+    let memory = unsafe { OwnedMemory::new(share, &info, request.label) }.map_err(refused("vkAllocateMemory"))?;
+    // SAFETY: the buffer is new and unbound, fits by size and alignment (checked above), both were made for the same handle type, and the
+    // memory is dropped after the buffer. A type outside the buffer's own bits is tried only where the two sets have nothing in common:
+    // such drivers contradict themselves, and then their answer to the bind decides.
+    unsafe { buffer.bind(memory.raw, remainder) }.map_err(refused("vkBindBufferMemory"))?;
+    Ok(ImportPiece { buffer, _memory: memory, size })
+}
+
+/// The best memory type for an import: among those that pointer and buffer both allow, or, where the two sets have nothing in common, among
+/// the pointer's. Host-coherent always, so that nobody has to flush; host-cached if possible, because the program reads this memory too.
+fn memory_type(memory: &vk::PhysicalDeviceMemoryProperties, pointer: u32, buffer: u32) -> Option<u32> {
+    let allowed = if pointer & buffer != 0 { pointer & buffer } else { pointer };
+    let with = |flags| {
+        let fits = |&kind: &u32| {
+            allowed & (1 << kind) != 0 && memory.memory_types[kind as usize].property_flags.contains(flags)
+        };
+        (0..memory.memory_type_count).find(fits)
+    };
+    let coherent = vk::MemoryPropertyFlags::HOST_VISIBLE | vk::MemoryPropertyFlags::HOST_COHERENT;
+    with(coherent | vk::MemoryPropertyFlags::HOST_CACHED).or_else(|| with(coherent))
+}
+
+#[cfg(test)]
+mod tests {
+    use pinfold_invalidate::page_size;
+
+    use super::*;
+
+    fn range(start: usize, pages: usize) -> HostRange {
+        HostRange::new(start, pages * page_size()).unwrap()
+    }
+
+    #[test]
+    fn cuts_are_aligned_cover_the_object_and_nothing_outside_the_room() {
+        let page = page_size();
+        for (first, pages, alignment, chunk) in
+            [(16, 1, 1, 16), (17, 5, 4, 16), (15, 40, 4, 16), (16, 64, 1, 16), (31, 2, 16, 16), (3, 100, 2, 6)]
+        {
+            let range = range(first * page, pages);
+            let cuts = cut(range, (0, usize::MAX), (alignment * page) as u64, (chunk * page) as u64).unwrap();
+            assert_eq!(cuts[0].object.0, range.start());
+            assert_eq!(cuts.last().unwrap().object.1, range.end());
+            for pair in cuts.windows(2) {
+                assert_eq!((pair[0].memory.1, pair[0].object.1), (pair[1].memory.0, pair[1].object.0));
+            }
+            for Cut { memory, object } in cuts {
+                assert!(memory.0 % (alignment * page) == 0 && memory.1 % (alignment * page) == 0, "{memory:x?}");
+                assert!(
+                    memory.1 - memory.0 <= chunk * page && memory.0 <= object.0 && object.1 <= memory.1,
+                    "{memory:x?}"
+                );
+                assert!(
+                    object.0 < object.1
+                        && object.0 - memory.0 < alignment * page
+                        && memory.1 - object.1 < alignment * page
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn rounding_never_leaves_the_room() {
+        let page = page_size();
+        let alignment = 4 * page as u64;
+        let range = range(5 * page, 2);
+        assert!(cut(range, (5 * page, 8 * page), alignment, alignment).is_none());
+        assert!(cut(range, (4 * page, 7 * page), alignment, alignment).is_none());
+        assert_eq!(cut(range, (4 * page, 8 * page), alignment, alignment).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn the_room_is_the_mapping_for_readers_and_nothing_for_writers() {
+        use pinfold_invalidate::{Backing, Mapping};
+        let page = page_size();
+        let (whole, inner) = (range(4 * page, 4), range(5 * page, 2));
+        let protection = Protection { read: true, write: true, exec: false };
+        let mappings = [Mapping {
+            range: inner,
+            whole,
+            protection,
+            shared: false,
+            backing: Backing::Anonymous,
+            file: None,
+            offset: 0,
+        }];
+        let request = |access| Request { range: inner, access, mappings: &mappings, watched: false, label: "" };
+        assert_eq!(room(&request(Access::Read)), (whole.start(), whole.end()));
+        assert_eq!(room(&request(Access::ReadWrite)), (inner.start(), inner.end()));
+    }
+
+    #[test]
+    fn memory_types_are_chosen_cached_and_coherent_and_from_the_pointer_if_the_buffer_disagrees() {
+        use vk::MemoryPropertyFlags as F;
+        let mut memory = vk::PhysicalDeviceMemoryProperties { memory_type_count: 4, ..Default::default() };
+        let flags = [
+            F::DEVICE_LOCAL,
+            F::HOST_VISIBLE | F::HOST_COHERENT,
+            F::HOST_VISIBLE | F::HOST_COHERENT | F::HOST_CACHED,
+            F::HOST_VISIBLE | F::HOST_CACHED,
+        ];
+        for (kind, flags) in memory.memory_types.iter_mut().zip(flags) {
+            kind.property_flags = flags;
+        }
+        assert_eq!(memory_type(&memory, 0b1111, 0b1111), Some(2));
+        assert_eq!(memory_type(&memory, 0b1111, 0b0011), Some(1));
+        assert_eq!(memory_type(&memory, 0b0110, 0b0001), Some(2)); // disjoint
+        assert_eq!(memory_type(&memory, 0b0110, 0), Some(2));
+        assert_eq!(memory_type(&memory, 0b1000, 0b1111), None); // not coherent
+        assert_eq!(memory_type(&memory, 0, 0b1111), None);
+    }
+}
