@@ -1,0 +1,287 @@
+//! The ring: many threads put records in, one takes them out, and a record that doesn't fit leaves a mark where it is missing.
+//!
+//! Posting must be right on a thread that may not wait for anyone, so there is no lock: a post *reserves* the next position by moving `head`,
+//! copies its bytes into that position's slot, and *commits* by writing the position into the slot. The reader consumes a position once it is
+//! committed and then moves `tail`, which frees the slot. A writer that sleeps between the two steps delays readers, never writers: once
+//! the ring has come round to its slot it counts as full.
+//!
+//! **Laws.** Positions only grow. A slot is written only for positions in `tail .. tail + limit`, and read only in `tail .. head`, so never both.
+//! A loss at position `p` belongs *before* record `p`: it is a bit beside `head` while `p` is the next position, and moves into slot `p` with the
+//! record that is stored there. As `head` is one word, a post can't be lost after record `p` and be reported before it. The reader remembers in a bit
+//! beside `tail` that it has reported the loss before that position. No loss can happen there any more: a loss needs a full ring, and
+//! whoever reports the loss before the next position has emptied it.
+//!
+//! ```text
+//! head: position << 2 | DEFUNCT | LOST     tail: position << 1 | REPORTED     slot: (position + 1) << 1 | LOST_BEFORE
+//! ```
+//!
+//! `head`, the slots and `LOST` are written by posts only, `tail` by the reader only. That is why `tail` may lie in memory that another
+//! process owns: it is read at most once per try, checked against `head`, and never used as an index.
+
+use std::sync::OnceLock;
+
+use super::record::{HEADER_LEN, Record, SLOT_LEN};
+use super::sync::atomic::{AtomicU64, Ordering};
+
+const WORDS: usize = SLOT_LEN / 8;
+const LOST: u64 = 1;
+const DEFUNCT: u64 = 2;
+const HEAD_SHIFT: u32 = 2;
+const REPORTED: u64 = 1;
+const LOST_BEFORE: u64 = 1;
+
+/// Keeps what different threads write on different cache lines (two, as processors fetch them in pairs).
+#[derive(Debug)]
+#[repr(C, align(128))]
+pub(super) struct Line<T>(pub(super) T);
+
+/// Room for one record. The commit word shares the cache line with the first 56 bytes, which is all that most records have.
+#[derive(Debug)]
+#[repr(C, align(64))]
+pub(super) struct Slot {
+    commit: AtomicU64,
+    words: [AtomicU64; WORDS],
+}
+
+impl Slot {
+    fn new() -> Self {
+        Self { commit: AtomicU64::new(0), words: std::array::from_fn(|_| AtomicU64::new(0)) }
+    }
+}
+
+/// The slots of a ring, a power of two of them, and how many may be in use at once.
+#[derive(Debug)]
+pub(super) struct Slots {
+    slots: Box<[Slot]>,
+    limit: u64,
+}
+
+impl Slots {
+    pub(super) fn new(limit: usize) -> Self {
+        Self { slots: (0..limit.next_power_of_two()).map(|_| Slot::new()).collect(), limit: limit as u64 }
+    }
+
+    fn at(&self, position: u64) -> &Slot {
+        &self.slots[position as usize & (self.slots.len() - 1)]
+    }
+}
+
+/// How a post ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Push {
+    /// The record is in the ring.
+    Stored,
+    /// The ring was full, or had no slots yet. The next free position is this.
+    Full(u64),
+    /// The ring takes no more records.
+    Defunct,
+}
+
+/// What a post finds at the position it wants to take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Room {
+    /// The slot is free.
+    Free,
+    /// The slot is in use.
+    Full,
+    /// The reader is past this position, so `head` has moved since it was read.
+    Stale,
+}
+
+/// What stands at the reader's position.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Next {
+    /// The reader's position.
+    pub(super) position: u64,
+    /// Records are missing before this position, and the reader hasn't been told.
+    pub(super) lost: bool,
+    /// The record of this position can be taken.
+    pub(super) record: bool,
+    /// Nothing is stored and nothing ever will be.
+    pub(super) end: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Ring {
+    /// Position of the next record and the two flags. Moved by posts with compare-exchange, so that all three change together.
+    head: Line<AtomicU64>,
+    /// A position that `tail` has reached. Saves posts from touching the reader's cache line while there is room by this measure.
+    seen: Line<AtomicU64>,
+    /// Position of the next record to take. Written by the reader, under its lock.
+    tail: Line<AtomicU64>,
+    slots: OnceLock<Slots>,
+}
+
+impl Ring {
+    pub(super) fn new() -> Self {
+        Self {
+            head: Line(AtomicU64::new(0)),
+            seen: Line(AtomicU64::new(0)),
+            tail: Line(AtomicU64::new(0)),
+            slots: OnceLock::new(),
+        }
+    }
+
+    /// Gives the ring its slots, once; gives them back if it has some.
+    pub(super) fn set_slots(&self, slots: Slots) -> Result<(), Slots> {
+        self.slots.set(slots)
+    }
+
+    pub(super) fn limit(&self) -> Option<u64> {
+        self.slots.get().map(|slots| slots.limit)
+    }
+
+    /// Stores a record, or answers why not. A record that finds no room leaves no mark yet; [`mark_lost`](Self::mark_lost) does.
+    #[inline]
+    pub(super) fn push(&self, record: &Record) -> Push {
+        self.push_or(record, false)
+    }
+
+    /// Stores a record, or marks its loss.
+    #[inline]
+    pub(super) fn push_or_mark_lost(&self, record: &Record) -> Push {
+        self.push_or(record, true)
+    }
+
+    #[inline]
+    fn push_or(&self, record: &Record, mark: bool) -> Push {
+        // Acquire: what the threads did that moved `head` here, to set a flag or to take the position before ours.
+        let mut head = self.head.0.load(Ordering::Acquire);
+        loop {
+            if head & DEFUNCT != 0 {
+                return Push::Defunct;
+            }
+            let position = head >> HEAD_SHIFT;
+            let slots = self.slots.get();
+            let room = slots.map_or(Room::Full, |slots| self.room(position, slots.limit));
+            if room == Room::Stale {
+                let now = self.head.0.load(Ordering::Acquire);
+                if now != head {
+                    head = now;
+                    continue;
+                }
+                // Only a reader that lies about its position is ahead of all posts. Its ring counts as full.
+            }
+            let Some(slots) = slots.filter(|_| room == Room::Free) else {
+                if !mark || head & LOST != 0 {
+                    // The mark that is there already covers this record: the ring was full after `head` was read, so it wasn't reported before that.
+                    return Push::Full(position);
+                }
+                // SeqCst: the bell is looked at next. If `head` has moved meanwhile, there may be room again.
+                match self.head.0.compare_exchange_weak(head, head | LOST, Ordering::SeqCst, Ordering::Acquire) {
+                    Ok(_) => return Push::Full(position),
+                    Err(now) => head = now,
+                }
+                continue;
+            };
+            let next = (position + 1) << HEAD_SHIFT;
+            // AcqRel: chains the posts, so that whoever takes position p has seen all that was before p.
+            match self.head.0.compare_exchange_weak(head, next, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => {
+                    fill(slots.at(position), record);
+                    let commit = (position + 1) << 1 | if head & LOST != 0 { LOST_BEFORE } else { 0 };
+                    // Release half: the reader that sees the position sees the bytes. SeqCst: the bell is looked at next; a swap is a cheaper
+                    // full barrier than a store and a fence.
+                    slots.at(position).commit.swap(commit, Ordering::SeqCst);
+                    return Push::Stored;
+                }
+                Err(now) => head = now,
+            }
+        }
+    }
+
+    /// Whether `position` lies within `limit` of the reader's position.
+    #[inline]
+    fn room(&self, position: u64, limit: u64) -> Room {
+        // Acquire: whoever stored `seen` had seen the reader leave the slot. A position behind it wraps to a huge difference.
+        if position.wrapping_sub(self.seen.0.load(Ordering::Acquire)) < limit {
+            return Room::Free;
+        }
+        // Acquire: the reader has left the slots before its position.
+        let tail = self.tail.0.load(Ordering::Acquire) >> 1;
+        if tail > position {
+            return Room::Stale;
+        }
+        if position - tail >= limit {
+            return Room::Full;
+        }
+        self.seen.0.store(tail, Ordering::Release);
+        Room::Free
+    }
+
+    /// Refuses every post from now on.
+    pub(super) fn close(&self) {
+        // SeqCst: the bell is looked at next.
+        self.head.0.fetch_or(DEFUNCT, Ordering::SeqCst);
+    }
+
+    pub(super) fn is_defunct(&self) -> bool {
+        // Relaxed: an early answer; a post decides by its own compare-exchange.
+        self.head.0.load(Ordering::Relaxed) & DEFUNCT != 0
+    }
+
+    /// Records stored so far, and records that are stored now.
+    pub(super) fn usage(&self) -> (u64, u64) {
+        // The tail first: it only grows, so the difference is never negative. Acquire keeps the two loads in this order.
+        let tail = self.tail.0.load(Ordering::Acquire) >> 1;
+        let head = self.head.0.load(Ordering::Relaxed) >> HEAD_SHIFT;
+        (head, head.saturating_sub(tail))
+    }
+
+    /// Looks at the reader's position. The caller holds the reader's lock, or only wants to know whether a read would find something.
+    pub(super) fn next(&self) -> Next {
+        // Acquire: a caller without the lock must not see a slot older than the position.
+        let tail = self.tail.0.load(Ordering::Acquire);
+        let (position, reported) = (tail >> 1, tail & REPORTED != 0);
+        let Some(slots) = self.slots.get() else {
+            // Nothing can be read before there are slots, not even the mark of what was lost so far: more may be lost at this very position.
+            let end = self.is_defunct();
+            return Next { position, lost: false, record: false, end };
+        };
+        // SeqCst: the reader's look after it has armed the bell. Its Acquire half makes the record's bytes visible.
+        let commit = slots.at(position).commit.load(Ordering::SeqCst);
+        if commit >> 1 == position + 1 {
+            return Next { position, lost: commit & LOST_BEFORE != 0 && !reported, record: true, end: false };
+        }
+        let head = self.head.0.load(Ordering::SeqCst);
+        let last = head >> HEAD_SHIFT == position;
+        Next { position, lost: last && head & LOST != 0 && !reported, record: false, end: last && head & DEFUNCT != 0 }
+    }
+
+    /// Copies the record at the reader's position to the front of `out`. Answers its length, or nothing copied if `out` is too short.
+    ///
+    /// The caller holds the reader's lock and [`next`](Self::next) has said that there is a record.
+    pub(super) fn copy(&self, position: u64, out: &mut [u8]) -> Result<usize, usize> {
+        let slot = self.slots.get().expect("a ring that holds a record has slots").at(position);
+        let mut header = [0; HEADER_LEN];
+        header.copy_from_slice(&slot.words[0].load(Ordering::Relaxed).to_ne_bytes());
+        let len = super::record::length_field(&header);
+        let Some(out) = out.get_mut(..len) else { return Err(len) };
+        for (word, bytes) in slot.words.iter().zip(out.chunks_mut(8)) {
+            // Relaxed: the load of `commit` ordered the bytes before it, and the slot isn't written again until `advance`.
+            let word = word.load(Ordering::Relaxed).to_ne_bytes();
+            bytes.copy_from_slice(&word[..bytes.len()]);
+        }
+        Ok(len)
+    }
+
+    /// Frees the slot of this position. The caller holds the reader's lock.
+    pub(super) fn advance(&self, position: u64) {
+        // Release: pairs with the Acquire in `room`; the bytes were copied out before the slot may be filled again.
+        self.tail.0.store((position + 1) << 1, Ordering::Release);
+    }
+
+    /// Remembers that the loss before this position is reported. The caller holds the reader's lock.
+    pub(super) fn report_loss(&self, position: u64) {
+        self.tail.0.store(position << 1 | REPORTED, Ordering::Release);
+    }
+}
+
+/// Copies the bytes that count. The words are atomics because a reader in another process may look while we write, against all rules.
+#[inline]
+fn fill(slot: &Slot, record: &Record) {
+    for (index, word) in slot.words.iter().enumerate().take(record.length().div_ceil(8)) {
+        // Relaxed: the write of `commit` publishes them.
+        word.store(record.u64_at(8 * index), Ordering::Relaxed);
+    }
+}
