@@ -28,9 +28,9 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::marker::PhantomData;
 use std::mem::ManuallyDrop;
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 
 use crate::HostRange;
 use node::{Item, Link, Node};
@@ -317,7 +317,7 @@ impl<T> fmt::Debug for Index<T> {
 /// Makes this thread's later visits of any index free of allocation: [`ArcSwap`] makes a record per thread at the thread's
 /// first load, and the C library one for the destructor that gives it back.
 pub fn warm_up_thread() {
-    static ANY: LazyLock<ArcSwap<()>> = LazyLock::new(ArcSwap::default);
+    static ANY: ArcSwapOption<()> = ArcSwapOption::const_empty();
     drop(ANY.load());
 }
 
