@@ -96,6 +96,9 @@ pub enum DeviceError {
     /// The device is lost: nothing it was given is used any more, and nothing works from now on.
     #[error("the device is lost; unregister everything, and make a new device and a new manager")]
     Lost,
+    /// The device did not come to rest in time.
+    #[error("the device was still working after {0:?}; wait for your queues before the manager goes")]
+    StillBusy(Duration),
     /// A call of the device's interface failed.
     #[error("{call} failed for range {range}: {code} (code {raw})")]
     Failed {
@@ -118,6 +121,7 @@ impl DeviceError {
             Self::Fault { errno, .. } => *errno,
             Self::Budget { .. } => libc::ENOMEM,
             Self::Lost => libc::ENODEV,
+            Self::StillBusy(_) => libc::ETIMEDOUT,
             Self::Failed { .. } => libc::EIO,
         }
     }
@@ -171,9 +175,14 @@ pub trait Device: Send + Sync + 'static {
     /// The thread that does so should not allocate before it calls `retire`: a mutator that holds the allocator's lock may be waiting for it.
     fn follow(&self, signal: Self::Signal, ticket: Ticket);
 
-    /// Waits until no work runs on the device, at most `limit`. Called by the manager's teardown only.
+    /// Waits until no work runs on the device, at most `limit`, and then retires every ticket it still follows: their signals will never come.
+    /// Called by the manager's teardown only, when submits have not ended by themselves.
     ///
     /// # Errors
-    /// [`DeviceError::Lost`] if it is lost (then nothing runs), [`DeviceError::Failed`] if the time is over.
+    /// [`DeviceError::Lost`] if it is lost (then nothing runs, and all tickets have been retired), [`DeviceError::StillBusy`] if the time is over.
     fn wait_idle(&self, limit: Duration) -> Result<(), DeviceError>;
+
+    /// The manager is gone: ends the device's own threads and gives up what belongs to no import. Called once, last, when nothing is under way.
+    /// Imports that old leases still keep may be [released](Self::release) even later.
+    fn shut_down(&self) {}
 }

@@ -1,8 +1,38 @@
-//! Userptr objects over any device, and the watch queue. (Table of contents; the lead engineer fills it.)
+//! Userptr objects over any device: host memory the program already has, handed to a device and taken back in time.
+//!
+//! A [`Manager`] registers ranges. [`Manager::acquire`] makes the device take what is mapped there *now*, and answers with a [`Lease`];
+//! [`Lease::submit`] checks that nothing has changed hands since, and counts the work, so that whoever unmaps, moves or discards the memory is
+//! held off until the work is over. Then the object is invalid, and the next acquire takes what is mapped *then*.
+//!
+//! What is where: `state` has the table of states; `protocol` the three places where an object's word meets the gates; `acquire` the order in
+//! which pages are taken; [`watch`] the queue of everything that happens; [`Device`] what a device must be able to do. Vulkan is one such device,
+//! in `pinfold-vulkan`, which is the crate that engines name.
 
+mod acquire;
 mod device;
+mod engine;
+mod error;
+mod lease;
+mod manager;
+mod notes;
+mod object;
+mod populate;
+#[doc(hidden)]
+pub mod protocol;
+#[doc(hidden)]
+pub mod state;
 mod ticket;
 pub mod watch;
 
 pub use device::{Access, Device, DeviceError, MirrorReason, Outcome, Path, Preparation, Request};
+pub use error::{Error, SubmitError};
+pub use lease::{Lease, Pending, View};
+pub use manager::{Acquire, Config, Manager, Stats, Userptr};
+pub use pinfold_invalidate::{
+    Coverage, HostRange, ManualReason, Mapping, NoHoldReason, RangeError, in_bracket, on_event_path, page_size,
+};
+pub use state::{Generation, State};
 pub use ticket::Ticket;
+
+#[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
+compile_error!("pinfold needs 64-bit Linux");

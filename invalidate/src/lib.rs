@@ -62,9 +62,7 @@ pub use gate::{Era, Gate, Visit};
 pub use index::{Entry, Index};
 pub use maps::{Backing, FileId, Mapping, MapsError, Protection, mapping_at, mappings};
 pub use range::{HostRange, MAX_PAGES, RangeError, USER_SPACE_END, page_size};
-pub use space::{
-    Cause, Change, DEFAULT_DEADLINE, MAX_DEADLINE, SHARDS, Shards, Space, SpaceError, SpaceStats, Target,
-};
+pub use space::{Cause, Change, DEFAULT_DEADLINE, MAX_DEADLINE, SHARDS, Shards, Space, SpaceError, SpaceStats, Target};
 pub use watch::{Coverage, ManualReason, NoHoldReason, WatchError, Watched};
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]

@@ -1,0 +1,273 @@
+//! Taking the pages: the only place that builds.
+//!
+//! **Problem.** Taking pages is slow, may block, and may be overtaken by a mutation at any of its steps; and a mutation that began earlier may
+//! still be zapping pages while we take them.
+//!
+//! **Law.** An object becomes valid only if nothing has happened to its memory since before its pages were taken, and nothing that had begun
+//! earlier was still going on.
+//!
+//! **Protocol.** In this order, each step for a reason: *note the word* → *gates open* (no event is being handled) → *probe clear* (no mutator is
+//! still in its wait) → *prepare* (aliases, before the range is watched) → *populate* (before watching: a watched range maps page-cache pages one
+//! by one) → *watch* (takes the address space's lock for writing, so a zap that had it is over) → *compare the mappings* → *import* → *probe clear
+//! once more* → *publish* inside the gates, from exactly the word noted. Whatever fails, what was taken is given back, and it begins anew.
+//!
+//! Discarded pages have a hole left: a mutator that is preempted between leaving its wait and taking the lock passes the probe and the watch.
+//! If the pages were seen absent, its zap has been there. If they were seen present, the object is taken a second time after 10 ms of quiet.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use pinfold_invalidate::{Cause, Coverage, ManualReason, Mapping, Shards, mappings};
+
+use crate::notes::What;
+use crate::object::{Fault, Object, Pin};
+use crate::populate::{populate, resident};
+use crate::state::{Snapshot, State, Step};
+use crate::{Device, Error, Preparation, Request, protocol};
+
+/// How often a worker begins anew because the memory changed hands under it.
+const ATTEMPTS: u32 = 8;
+/// After this much quiet, discarded pages that were seen present are taken a second time.
+const SECOND_LOOK: Duration = Duration::from_millis(10);
+
+/// How hard to try.
+#[derive(Clone, Copy)]
+pub(crate) struct Effort {
+    attempts: u32,
+    /// Longest wait for a gate or for the probe.
+    patience: Duration,
+}
+
+impl Effort {
+    /// On the caller's thread: one attempt, no waiting.
+    pub(crate) const INLINE: Self = Self { attempts: 1, patience: Duration::ZERO };
+    /// On a worker. A gate is closed for one hold-off at most, and the probe busy for as long; many of them in a row end in `Again`.
+    pub(crate) const WORKER: Self = Self { attempts: ATTEMPTS, patience: Duration::from_secs(10) };
+}
+
+/// How one attempt ended.
+enum Attempt {
+    /// The object is valid.
+    Valid,
+    /// The memory changed hands meanwhile.
+    Moved,
+    /// A gate was closed or a mutation in flight, for longer than our patience.
+    Crowded,
+    /// Not that. Begin anew at once with what has been learnt (shards, an alias); doesn't count.
+    Anew,
+}
+
+/// What is learnt in one attempt and useful in the next.
+struct Learnt<D: Device> {
+    shards: Shards,
+    /// Pages were discarded since the object was last valid.
+    removed: bool,
+    /// Prepared while the range was unwatched, for exactly these mappings.
+    prepared: Option<(D::Prepared, Vec<Mapping>)>,
+}
+
+impl<D: Device> Object<D> {
+    /// What a worker does with a queued object. `token` tells whether it is still *the* work of the object.
+    pub(crate) fn work(self: &Arc<Self>, token: u64, cancelled: bool) {
+        let cancelled = cancelled || self.engine.is_closing();
+        let Some(noted) = self.begin(token, if cancelled { Step::Refuse } else { Step::Start }) else { return };
+        if cancelled {
+            self.fail(Error::Cancelled, token);
+        } else {
+            self.build(noted, token, Effort::WORKER);
+        }
+    }
+
+    /// `None`: superseded, and whoever did so has told the waiters.
+    fn begin(&self, token: u64, step: Step) -> Option<Snapshot> {
+        let slot = self.slot();
+        loop {
+            let seen = self.word.read();
+            if slot.token != token || seen.state != State::Queued {
+                return None;
+            }
+            if let Ok(noted) = self.word.step(seen, step) {
+                return Some(noted); // else: the generation of a queued object may move at any time
+            }
+        }
+    }
+
+    /// Takes the pages of an object that this thread has claimed. Returns whether it is valid now; waiters have been told in any case.
+    pub(crate) fn build(self: &Arc<Self>, mut noted: Snapshot, token: u64, effort: Effort) -> bool {
+        drop(self.take_stale_pin());
+        let mut learnt = Learnt { shards: noted.shards, removed: false, prepared: None };
+        let (mut moved, mut anew) = (0, 0);
+        loop {
+            match self.attempt(noted, &mut learnt, effort) {
+                Ok(Attempt::Valid) => {
+                    self.wake();
+                    return true;
+                }
+                Ok(Attempt::Moved) => moved += 1,
+                Ok(Attempt::Crowded) => moved = effort.attempts,
+                Ok(Attempt::Anew) => anew += 1,
+                Err(error) => {
+                    if self.word.step(noted, Step::Fault).is_ok() {
+                        self.fail(error, token);
+                        return false;
+                    }
+                    moved += 1; // what failed was not what is mapped now
+                }
+            }
+            self.engine.counters.retries.fetch_add(1, Ordering::Relaxed);
+            let spent = moved >= effort.attempts || anew > ATTEMPTS;
+            if spent {
+                let _ = self.word.step(noted, Step::Abandon); // or it is Invalid already, or somebody else's
+            }
+            match if spent { None } else { self.reclaim(noted) } {
+                Some(again) => noted = again,
+                None => {
+                    self.removed.fetch_or(learnt.removed, Ordering::AcqRel); // for the next builder
+                    self.wake();
+                    return false;
+                }
+            }
+        }
+    }
+
+    /// Notes the word anew. `None`: the object is not this builder's any more (closed, or queued by somebody else meanwhile).
+    fn reclaim(&self, noted: Snapshot) -> Option<Snapshot> {
+        let seen = self.word.read();
+        match seen.state {
+            State::Acquiring if seen == noted => Some(seen),
+            State::Invalid => self.word.step(seen, Step::Claim).ok(),
+            _ => None,
+        }
+    }
+
+    fn attempt(self: &Arc<Self>, noted: Snapshot, learnt: &mut Learnt<D>, effort: Effort) -> Result<Attempt, Error> {
+        let space = &self.engine.space;
+        let patience = Instant::now() + effort.patience;
+        let shards = if learnt.shards.is_empty() { Shards::ALL } else { learnt.shards };
+        if !space.wait_open(shards, patience) || !space.wait_settled(shards, patience) {
+            return Ok(Attempt::Crowded);
+        }
+        learnt.removed |= self.removed.swap(false, Ordering::AcqRel);
+        let removed = learnt.removed;
+        // Absent pages prove that the zap is over. Asked before anything is populated.
+        let unproven = removed;
+
+        let before = mappings(self.range)?;
+        let Some(prepared) = self.prepare(&before, learnt)? else { return Ok(Attempt::Anew) };
+        if !removed {
+            populate(self.range, self.access, &before)?;
+        }
+        let (watched, coverage, after) = self.watch(&before)?;
+        if !shards.covers(watched) {
+            // Pages of a shard whose gate and probe were not looked at above.
+            learnt.shards = shards.union(watched);
+            learnt.prepared = Some((prepared, before));
+            return Ok(Attempt::Anew);
+        }
+        if after != before {
+            return Ok(Attempt::Moved);
+        }
+        learnt.shards = watched;
+        if removed {
+            populate(self.range, self.access, &after)?; // what the mutator has dropped meanwhile, too
+        }
+        let bytes = self.range.len() as u64;
+        self.engine.check_budget(self.range)?;
+        let request = self.request(&after, true);
+        let import = self.engine.device().import(&request, prepared)?;
+        let pin = Pin::new(import, noted.generation, bytes, Arc::clone(&self.engine));
+        let path = pin.path;
+        {
+            let mut slot = self.slot();
+            slot.coverage = Some(coverage);
+            slot.fault = None;
+            slot.pin = Some(Arc::new(pin));
+        }
+        if space.is_busy(watched) {
+            self.unpin();
+            return Ok(Attempt::Moved);
+        }
+        if protocol::publish(&**space, &self.word, noted, watched).is_none() {
+            self.unpin();
+            return Ok(Attempt::Moved);
+        }
+        self.engine.note(self, What::Acquired(path));
+        if unproven {
+            self.look_again(noted);
+        }
+        Ok(Attempt::Valid)
+    }
+
+    /// What must be done before the range is watched. `None`: done, but it moved the generation.
+    fn prepare(&self, before: &[Mapping], learnt: &mut Learnt<D>) -> Result<Option<D::Prepared>, Error> {
+        if let Some((prepared, mappings)) = learnt.prepared.take()
+            && mappings == before
+        {
+            return Ok(Some(prepared));
+        }
+        let space = &self.engine.space;
+        let watched = space.is_watched(self.range);
+        match self.engine.device().prepare(&self.request(before, watched))? {
+            Preparation::Ready(prepared) => Ok(Some(prepared)),
+            Preparation::NeedsUnwatched => {
+                let request = self.request(before, false);
+                if let Preparation::Ready(prepared) =
+                    space.unwatched(self.range, || self.engine.device().prepare(&request))??
+                {
+                    learnt.prepared = Some((prepared, before.to_vec()));
+                }
+                Ok(None)
+            }
+        }
+    }
+
+    fn watch(&self, before: &[Mapping]) -> Result<(Shards, Coverage, Vec<Mapping>), Error> {
+        if self.unwatched {
+            let home = self.engine.space.home(self.range);
+            return Ok((home, Coverage::Manual(ManualReason::Asked), before.to_vec()));
+        }
+        let watched = self.engine.space.watch(self.range)?;
+        Ok((watched.shards, watched.coverage, watched.mappings))
+    }
+
+    pub(crate) fn request<'a>(&'a self, mappings: &'a [Mapping], watched: bool) -> Request<'a> {
+        Request { range: self.range, access: self.access, mappings, watched, label: &self.label }
+    }
+
+    /// Gives back what was taken in vain.
+    fn unpin(&self) {
+        let pin = self.slot().pin.take();
+        if let Some(pin) = pin.and_then(Arc::into_inner) {
+            pin.release();
+        }
+    }
+
+    /// Stores the error of an acquisition and tells those who wait for it.
+    pub(crate) fn fail(&self, error: Error, token: u64) {
+        self.engine.counters.faults.fetch_add(1, Ordering::Relaxed);
+        self.engine.note(self, What::Faulted(error.errno()));
+        self.slot().fault = Some(Fault { error, token, told: false });
+        self.wake();
+    }
+
+    /// Takes the pages once more after a while, unless something else happens to the object first.
+    fn look_again(self: &Arc<Self>, noted: Snapshot) {
+        let object = Arc::downgrade(self);
+        self.engine.spawn_after(SECOND_LOOK, move |cancelled| {
+            let Some(object) = object.upgrade().filter(|object| !cancelled && !object.engine.is_closing()) else {
+                return;
+            };
+            let now = object.word.read();
+            if now.state == State::Valid && now.generation == noted.generation {
+                object.engine.counters.second_looks.fetch_add(1, Ordering::Relaxed);
+                let _ = object.engine.space.invalidate(object.range, Cause::Unproven);
+            }
+        });
+    }
+
+    /// Whether the pages can be taken at once, so that a worker isn't worth its wake-up.
+    pub(crate) fn is_quick(&self, limit: usize) -> bool {
+        self.range.len() <= limit && resident(self.range)
+    }
+}

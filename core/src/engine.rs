@@ -1,0 +1,194 @@
+//! What all objects of one manager share: device, workers, the address space, the watch list, and the counters.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use pinfold_invalidate::sync::Futex;
+use pinfold_invalidate::{HostRange, Space};
+use pinfold_workqueue::{Flags, Job, Queue};
+
+use crate::watch::WatchList;
+use crate::{Config, Device, Error};
+
+/// Name of the work queue, as threads show it: at most 15 bytes.
+const QUEUE: &str = "userptr-acquire";
+/// Most acquisitions at a time. Each may sleep in the kernel, so this is also the most threads.
+const MAX_ACTIVE: u32 = 64;
+
+pub(crate) struct Engine<D: Device> {
+    /// `None` only while a forked child's copy is being thrown away.
+    device: Option<D>,
+    pub(crate) space: Arc<Space>,
+    /// Ended by the manager's drop; work that comes later runs where it is asked for.
+    queue: Mutex<Option<Queue>>,
+    pub(crate) notes: WatchList,
+    pub(crate) config: Config,
+    pub(crate) counters: Counters,
+    /// Imports that exist, and their bytes.
+    pub(crate) pins: Level,
+    /// Submits under way.
+    pub(crate) flights: Level,
+    closing: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) acquires: AtomicU64,
+    pub(crate) inline: AtomicU64,
+    pub(crate) queued: AtomicU64,
+    pub(crate) imports: AtomicU64,
+    pub(crate) retries: AtomicU64,
+    pub(crate) second_looks: AtomicU64,
+    pub(crate) faults: AtomicU64,
+    pub(crate) submits: AtomicU64,
+    pub(crate) stale: AtomicU64,
+    pub(crate) invalidated: AtomicU64,
+    pub(crate) late: AtomicU64,
+}
+
+/// A count (and a sum of bytes) that can be waited for to become nothing.
+#[derive(Debug, Default)]
+pub(crate) struct Level {
+    count: AtomicU64,
+    bytes: AtomicU64,
+    fell: Futex,
+}
+
+impl Level {
+    pub(crate) fn add(&self, bytes: u64) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn sub(&self, bytes: u64) {
+        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+        // Release: pairs with the Acquire in `wait_none`; who sees nothing left sees what the last one did.
+        if self.count.fetch_sub(1, Ordering::Release) == 1 {
+            self.fell.bump();
+        }
+    }
+
+    pub(crate) fn count(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// False if something is left at the deadline.
+    pub(crate) fn wait_none(&self, deadline: Instant) -> bool {
+        loop {
+            let seen = self.fell.value();
+            if self.count.load(Ordering::Acquire) == 0 {
+                return true;
+            }
+            if !self.fell.wait(seen, Some(deadline)) {
+                return self.count.load(Ordering::Acquire) == 0;
+            }
+        }
+    }
+}
+
+impl<D: Device> Engine<D> {
+    pub(crate) fn new(device: D, config: Config) -> Result<Self, Error> {
+        let space = Space::get(config.deadline)?;
+        let queue = Queue::new(QUEUE, Flags::HIGHPRI | Flags::UNBOUND | Flags::MAY_SLEEP, MAX_ACTIVE);
+        let queue = queue.map_err(|error| Error::Pool(Arc::new(error)))?;
+        Ok(Self {
+            device: Some(device),
+            space,
+            queue: Mutex::new(Some(queue)),
+            notes: WatchList::new(),
+            config,
+            counters: Counters::default(),
+            pins: Level::default(),
+            flights: Level::default(),
+            closing: AtomicBool::new(false),
+        })
+    }
+
+    pub(crate) fn device(&self) -> &D {
+        self.device.as_ref().expect("the device is there until the engine is dropped")
+    }
+
+    /// What every call asks first.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        if self.space.is_forked() {
+            return Err(Error::Forked);
+        }
+        if self.is_closing() { Err(Error::Closed) } else { Ok(()) }
+    }
+
+    pub(crate) fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Acquire)
+    }
+
+    /// The longest anybody waits for a closed gate: two hold-offs.
+    pub(crate) fn patience(&self) -> Duration {
+        2 * self.space.deadline()
+    }
+
+    pub(crate) fn check_budget(&self, range: HostRange) -> Result<(), Error> {
+        let (needed, taken) = (range.len() as u64, self.pins.bytes());
+        let available = self.config.budget.saturating_sub(taken);
+        if needed > available {
+            return Err(Error::Budget { range, what: "the configured budget for pinned memory", needed, available });
+        }
+        Ok(())
+    }
+
+    /// Runs `work` on a worker, after earlier work with the same key. `work` is told whether it was cancelled instead, and is called in any case.
+    pub(crate) fn spawn(&self, key: u64, work: impl FnOnce(bool) + Send + 'static) {
+        self.submit(work, |job| job.key(key));
+    }
+
+    /// As [`spawn`](Self::spawn), in no order.
+    pub(crate) fn spawn_unordered(&self, work: impl FnOnce(bool) + Send + 'static) {
+        self.submit(work, |job| job);
+    }
+
+    /// As [`spawn_unordered`](Self::spawn_unordered), not before `delay` has passed.
+    pub(crate) fn spawn_after(&self, delay: Duration, work: impl FnOnce(bool) + Send + 'static) {
+        self.submit(work, |job| job.after(delay));
+    }
+
+    fn submit(&self, work: impl FnOnce(bool) + Send + 'static, with: impl FnOnce(Job) -> Job) {
+        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        match queue {
+            // A refused job has been called as cancelled: nothing is lost.
+            Some(queue) => _ = queue.submit(with(Job::new(move |context| work(context.cancelled())))),
+            None => work(true),
+        }
+    }
+
+    /// Waits for what is under way. For the manager's drop.
+    pub(crate) fn wait_flights(&self, limit: Duration) {
+        if !self.flights.wait_none(Instant::now() + limit) {
+            // Signals that never come: the device is asked instead, and retires them. Whatever it answers, there is nothing else to wait for.
+            let _ = self.device().wait_idle(limit);
+            self.flights.wait_none(Instant::now() + limit);
+        }
+    }
+
+    /// Does what is queued and ends the workers, then the device's own threads. For the manager's drop.
+    pub(crate) fn end(&self) {
+        drop(self.queue.lock().unwrap_or_else(PoisonError::into_inner).take());
+        self.device().shut_down();
+    }
+
+    pub(crate) fn begin_closing(&self) {
+        self.closing.store(true, Ordering::Release);
+    }
+}
+
+impl<D: Device> Drop for Engine<D> {
+    fn drop(&mut self) {
+        if self.space.is_forked() {
+            // Device and workers are the parent's; the child's copies must not be touched, not even to free them.
+            std::mem::forget(self.device.take());
+            std::mem::forget(self.queue.get_mut().unwrap_or_else(PoisonError::into_inner).take());
+        }
+    }
+}

@@ -1,0 +1,315 @@
+//! What an engine holds: a lease of objects that were valid together, and work that uses them.
+
+use std::future::Future;
+use std::ops::Deref;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::pin::Pin as StdPin;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use pinfold_invalidate::sync::Futex;
+use pinfold_invalidate::{HostRange, in_bracket};
+
+use crate::engine::Engine;
+use crate::error::SubmitError;
+use crate::object::{Handle, Pin};
+use crate::protocol::{self, Refusal, Uses};
+use crate::state::Snapshot;
+use crate::ticket::Retire;
+use crate::{Device, Error, Generation, Outcome, Path, Ticket};
+
+/// Objects that were all valid when it was taken. Keeps what it names alive; does not keep it valid: [`submit`](Self::submit) checks that.
+pub struct Lease<D: Device> {
+    held: Vec<Held<D>>,
+}
+
+/// One object of a lease. Field order: the pages are let go of before the object.
+struct Held<D: Device> {
+    pin: Arc<Pin<D>>,
+    noted: Snapshot,
+    handle: Arc<Handle<D>>,
+}
+
+/// How the device sees one object of a lease. Dereferences to the device's import.
+#[derive(Debug)]
+pub struct View<'a, D: Device> {
+    import: &'a D::Import,
+    /// Moves whenever the memory has changed hands; what was derived from an older one (descriptors, addresses) is out of date.
+    pub generation: Generation,
+    /// The object's range.
+    pub range: HostRange,
+    /// How its bytes reach the device.
+    pub path: Path,
+}
+
+impl<D: Device> Deref for View<'_, D> {
+    type Target = D::Import;
+
+    fn deref(&self) -> &D::Import {
+        self.import
+    }
+}
+
+impl<D: Device> Lease<D> {
+    pub(crate) fn new() -> Self {
+        Self { held: Vec::new() }
+    }
+
+    pub(crate) fn add(&mut self, handle: Arc<Handle<D>>, noted: Snapshot, pin: Arc<Pin<D>>) {
+        self.held.push(Held { pin, noted, handle });
+    }
+
+    /// How many objects it has.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.held.len()
+    }
+
+    /// Whether it has none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.held.is_empty()
+    }
+
+    /// How the device sees the object with this index, in the order of the acquire (and of the merges).
+    ///
+    /// # Panics
+    /// If there is no such object.
+    #[must_use]
+    pub fn view(&self, index: usize) -> View<'_, D> {
+        let held = &self.held[index];
+        View {
+            import: held.pin.import(),
+            generation: held.noted.generation,
+            range: held.handle.object.range,
+            path: held.pin.path,
+        }
+    }
+
+    /// Whether the object with this index has another import than the one that had generation `since`. For engines that keep descriptors.
+    ///
+    /// # Panics
+    /// If there is no such object.
+    #[must_use]
+    pub fn changed_since(&self, index: usize, since: Generation) -> bool {
+        self.held[index].noted.generation != since
+    }
+
+    /// Puts the objects of `other` behind those of this lease, for one submit of several subsystems.
+    pub fn merge(&mut self, other: Self) {
+        self.held.extend(other.held);
+    }
+
+    /// Submits work that uses the objects: `submit` hands it to the device, and `signals` say when it is over.
+    ///
+    /// From the moment the objects have been checked until the signals come, a mutation of their memory is held off (up to the deadline).
+    /// Waits, at most for two hold-offs, while memory in the same shards is changing hands. A submit that an earlier one waits for can't be made
+    /// while that one is held off: put such submits into one, with their leases merged.
+    ///
+    /// A panic of the closure counts as submitted: the work is retired by its signals, and unwinding goes on.
+    ///
+    /// # Errors
+    /// [`SubmitError::Stale`] and the others; nothing has been submitted then.
+    ///
+    /// # Safety
+    /// 1. Each signal comes after all device accesses of the submitted work to the objects, and it comes (or the device is lost).
+    /// 2. The work accesses the objects only through the views of this lease, and only for reading where the object was registered so.
+    /// 3. Where the device writes, no Rust reference to the bytes exists until the returned [`Pending`] is over.
+    pub unsafe fn submit<E>(
+        self,
+        signals: impl IntoIterator<Item = D::Signal>,
+        submit: impl FnOnce() -> Result<(), E>,
+    ) -> Result<Pending<D>, SubmitError<D, E>> {
+        let Some(engine) = self.held.first().map(|held| Arc::clone(&held.handle.object.engine)) else {
+            return self.submit_nothing(submit);
+        };
+        engine.check().map_err(SubmitError::Gone)?;
+        if in_bracket() {
+            return Err(SubmitError::Gone(Error::Nested));
+        }
+        let uses = match self.reserve(&engine) {
+            Ok(uses) => uses,
+            Err(None) => return Err(SubmitError::Again(self)),
+            Err(Some(index)) => {
+                let object = &self.held[index].handle.object;
+                engine.counters.stale.fetch_add(1, Ordering::Relaxed);
+                return Err(SubmitError::Stale { index, range: object.range });
+            }
+        };
+        // Only now: no driver call inside the gates.
+        let result = catch_unwind(AssertUnwindSafe(submit));
+        if let Ok(Err(error)) = result {
+            uses.end(&*engine.space);
+            return Err(SubmitError::Rejected { error, lease: self });
+        }
+        let pending = Flight::launch(&engine, self.held, uses, signals);
+        match result {
+            Ok(_) => Ok(pending),
+            Err(panic) => resume_unwind(panic),
+        }
+    }
+
+    /// `Err(Some(index))`: that object is stale. `Err(None)`: a gate stayed closed.
+    fn reserve(&self, engine: &Engine<D>) -> Result<Uses, Option<usize>> {
+        let deadline = Instant::now() + engine.patience();
+        let leases = self.held.iter().map(|held| (&held.handle.object.word, held.noted));
+        loop {
+            match protocol::reserve(&*engine.space, leases.clone()) {
+                Ok(uses) => return Ok(uses),
+                Err(Refusal::Stale(index)) => return Err(Some(index)),
+                Err(Refusal::Closed { shard, epoch }) => {
+                    if !engine.space.gate(shard).wait_epoch(epoch, Some(deadline)) {
+                        return Err(None);
+                    }
+                }
+            }
+        }
+    }
+
+    fn submit_nothing<E>(self, submit: impl FnOnce() -> Result<(), E>) -> Result<Pending<D>, SubmitError<D, E>> {
+        match submit() {
+            Ok(()) => Ok(Pending { flight: None }),
+            Err(error) => Err(SubmitError::Rejected { error, lease: self }),
+        }
+    }
+}
+
+impl<D: Device> std::fmt::Debug for Lease<D> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.held.iter().map(|held| (held.handle.object.range, held.noted.generation))).finish()
+    }
+}
+
+/// Work under way.
+pub(crate) struct Flight<D: Device> {
+    uses: Uses,
+    /// Signals that have not come yet.
+    left: AtomicU32,
+    lost: AtomicU32,
+    over: Futex,
+    rest: Mutex<Rest<D>>,
+    engine: Arc<Engine<D>>,
+}
+
+struct Rest<D: Device> {
+    /// What the commands name. Emptied by retirement.
+    held: Vec<Held<D>>,
+    outcome: Option<Outcome>,
+    wakers: Vec<Waker>,
+}
+
+impl<D: Device> Flight<D> {
+    fn launch(
+        engine: &Arc<Engine<D>>,
+        held: Vec<Held<D>>,
+        uses: Uses,
+        signals: impl IntoIterator<Item = D::Signal>,
+    ) -> Pending<D> {
+        for held in &held {
+            held.handle.object.inflight.fetch_add(1, Ordering::Relaxed);
+        }
+        engine.counters.submits.fetch_add(1, Ordering::Relaxed);
+        engine.flights.add(1);
+        let rest = Rest { held, outcome: None, wakers: Vec::new() };
+        let flight = Arc::new(Self {
+            uses,
+            left: AtomicU32::new(1), // ours, until every signal is followed
+            lost: AtomicU32::new(0),
+            over: Futex::new(),
+            rest: Mutex::new(rest),
+            engine: Arc::clone(engine),
+        });
+        for signal in signals {
+            flight.left.fetch_add(1, Ordering::Relaxed);
+            engine.device().follow(signal, Ticket::new(Arc::clone(&flight) as Arc<dyn Retire>));
+        }
+        flight.retire_one(Outcome::Done);
+        Pending { flight: Some(flight) }
+    }
+
+    fn outcome(&self) -> Option<Outcome> {
+        self.rest.lock().unwrap_or_else(PoisonError::into_inner).outcome
+    }
+}
+
+impl<D: Device> Retire for Flight<D> {
+    fn retire_one(&self, outcome: Outcome) {
+        if outcome == Outcome::Lost {
+            self.lost.store(1, Ordering::Relaxed);
+        }
+        // AcqRel: the last signal sees what the others left.
+        if self.left.fetch_sub(1, Ordering::AcqRel) != 1 {
+            return;
+        }
+        // First of all, and without touching the allocator: a mutator may be waiting for this, with the allocator's lock.
+        self.uses.end(&*self.engine.space);
+        let outcome = if self.lost.load(Ordering::Relaxed) == 0 { Outcome::Done } else { Outcome::Lost };
+        let (held, wakers) = {
+            let mut rest = self.rest.lock().unwrap_or_else(PoisonError::into_inner);
+            rest.outcome = Some(outcome);
+            (std::mem::take(&mut rest.held), std::mem::take(&mut rest.wakers))
+        };
+        for held in &held {
+            held.handle.object.inflight.fetch_sub(1, Ordering::Relaxed);
+        }
+        drop(held);
+        self.engine.flights.sub(1);
+        self.over.bump();
+        wakers.into_iter().for_each(Waker::wake);
+    }
+}
+
+/// Work that has been submitted. Dropping it waits for nothing; the objects are kept until the work is over in any case.
+pub struct Pending<D: Device> {
+    flight: Option<Arc<Flight<D>>>,
+}
+
+impl<D: Device> Pending<D> {
+    /// How the work ended; `None` while it runs.
+    #[must_use]
+    pub fn poll(&self) -> Option<Outcome> {
+        self.flight.as_ref().map_or(Some(Outcome::Done), |flight| flight.outcome())
+    }
+
+    /// Waits until the work is over. `None`: not within `limit`.
+    ///
+    /// What the device wrote is visible to the program if the work ended with a barrier to the host (`VK_ACCESS_HOST_READ_BIT`).
+    #[must_use]
+    pub fn wait(&self, limit: Duration) -> Option<Outcome> {
+        let deadline = Instant::now() + limit;
+        let Some(flight) = &self.flight else { return Some(Outcome::Done) };
+        loop {
+            let seen = flight.over.value();
+            if let Some(outcome) = flight.outcome() {
+                return Some(outcome);
+            }
+            if !flight.over.wait(seen, Some(deadline)) {
+                return flight.outcome();
+            }
+        }
+    }
+}
+
+impl<D: Device> Future for Pending<D> {
+    type Output = Outcome;
+
+    fn poll(self: StdPin<&mut Self>, context: &mut Context<'_>) -> Poll<Outcome> {
+        let Some(flight) = &self.flight else { return Poll::Ready(Outcome::Done) };
+        let mut rest = flight.rest.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(outcome) = rest.outcome {
+            return Poll::Ready(outcome);
+        }
+        if !rest.wakers.iter().any(|waker| waker.will_wake(context.waker())) {
+            rest.wakers.push(context.waker().clone());
+        }
+        Poll::Pending
+    }
+}
+
+impl<D: Device> std::fmt::Debug for Pending<D> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pending").field("outcome", &Self::poll(self)).finish()
+    }
+}

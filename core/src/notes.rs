@@ -1,0 +1,108 @@
+//! From what happens to an object to a record in the watch queue. Posting allocates nothing, so the monitor may.
+
+use std::sync::atomic::Ordering;
+
+use pinfold_invalidate::{Cause, Change};
+
+use crate::engine::Engine;
+use crate::object::Object;
+use crate::state::State;
+use crate::watch::{Label, NoteCause, NotePath, NoteState, UserptrEvent, UserptrNote};
+use crate::{Access, Device, Path};
+
+/// What happened, apart from changes of the memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum What {
+    Registered,
+    Queued,
+    Acquired(Path),
+    Faulted(i32),
+    Closed,
+}
+
+impl<D: Device> Engine<D> {
+    /// Posts what happened to an object.
+    pub(crate) fn note(&self, object: &Object<D>, what: What) {
+        if !self.notes.is_watched() {
+            return;
+        }
+        let mut note = describe(object);
+        (note.event, note.path, note.errno) = match what {
+            What::Registered => (UserptrEvent::Registered, NotePath::None, 0),
+            What::Queued => (UserptrEvent::Queued, NotePath::None, 0),
+            What::Acquired(path) => (UserptrEvent::Acquired, path_code(path), 0),
+            What::Faulted(errno) => (UserptrEvent::Faulted, NotePath::None, errno),
+            What::Closed => (UserptrEvent::Closed, NotePath::None, 0),
+        };
+        self.notes.post(object.id, &note.record());
+    }
+
+    /// Posts that an object's memory has changed hands. For the monitor.
+    pub(crate) fn note_change(&self, object: &Object<D>, change: &Change) {
+        if change.late && object.inflight.load(Ordering::Relaxed) > 0 {
+            self.counters.late.fetch_add(1, Ordering::Relaxed);
+        }
+        if !self.notes.is_watched() {
+            return;
+        }
+        let touched = change.range.intersection(object.range).unwrap_or(object.range);
+        let note = UserptrNote {
+            event: UserptrEvent::Invalidated,
+            start: touched.start() as u64,
+            end: touched.end() as u64,
+            hold_off_ns: u64::try_from(change.held.as_nanos()).unwrap_or(u64::MAX),
+            cause: cause_code(change.cause),
+            late: change.late,
+            no_hold: change.no_hold,
+            ..describe(object)
+        };
+        self.notes.post(object.id, &note.record());
+    }
+}
+
+fn describe<D: Device>(object: &Object<D>) -> UserptrNote {
+    let now = object.word.read();
+    UserptrNote {
+        object: object.id,
+        generation: now.generation.0,
+        start: object.range.start() as u64,
+        end: object.range.end() as u64,
+        state: state_code(now.state),
+        writes: object.access == Access::ReadWrite,
+        label: Label::new(&object.label),
+        ..UserptrNote::default()
+    }
+}
+
+fn state_code(state: State) -> NoteState {
+    match state {
+        State::New => NoteState::New,
+        State::Queued => NoteState::Queued,
+        State::Acquiring => NoteState::Acquiring,
+        State::Valid => NoteState::Valid,
+        State::Invalid => NoteState::Invalid,
+        State::Faulted => NoteState::Faulted,
+        State::Closed => NoteState::Closed,
+        State::DeadAfterFork => NoteState::DeadAfterFork,
+    }
+}
+
+fn cause_code(cause: Cause) -> NoteCause {
+    match cause {
+        Cause::Unmap => NoteCause::Unmap,
+        Cause::Remap => NoteCause::Remap,
+        // Discarded pages that are taken once more are still those that were discarded.
+        Cause::Remove | Cause::Unproven => NoteCause::Remove,
+        Cause::Bracket => NoteCause::Bracket,
+        Cause::Injected => NoteCause::Injected,
+        _ => NoteCause::Manual,
+    }
+}
+
+fn path_code(path: Path) -> NotePath {
+    match path {
+        Path::Import => NotePath::Import,
+        Path::AliasImport => NotePath::AliasImport,
+        Path::Mirror(_) => NotePath::Mirror,
+    }
+}

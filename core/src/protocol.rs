@@ -1,0 +1,110 @@
+//! The three places where an object's word and its shards' gates meet: looking, publishing, reserving. Their order of steps is the protocol.
+//!
+//! *Look*: wait for the gates, then read the word; a look through a closed gate would see an object valid whose memory is going away.
+//! *Publish*: inside the gates, one compare-and-swap from the word that was noted before the pages were taken.
+//! *Reserve*: inside the gates, compare every word with its lease, and count the use before leaving.
+//!
+//! Nothing here allocates, blocks on anything but a gate, or calls a device; a visit lasts some dozen instructions.
+
+use std::time::Instant;
+
+use pinfold_invalidate::{Era, Gate, SHARDS, Shards, Visit};
+
+use crate::state::{Snapshot, Step, Word};
+
+/// Where the gates are found; a seam for the models.
+pub trait Gates {
+    /// The gate of a shard.
+    fn gate(&self, shard: usize) -> &Gate;
+}
+
+impl Gates for pinfold_invalidate::Space {
+    fn gate(&self, shard: usize) -> &Gate {
+        Self::gate(self, shard)
+    }
+}
+
+/// The word as it may be believed: seen with the gates of its shards open. `None` if they were closed until the deadline.
+///
+/// The shards are part of the word, so it is read once to know the gates and once more to be believed.
+pub fn look<G: Gates + ?Sized>(gates: &G, word: &Word, deadline: Option<Instant>) -> Option<Snapshot> {
+    loop {
+        let shards = word.read().shards;
+        for shard in shards.iter() {
+            if !gates.gate(shard).wait_open(deadline) {
+                return None;
+            }
+        }
+        let seen = word.read();
+        if seen.shards == shards {
+            return Some(seen);
+        }
+    }
+}
+
+/// Publishes an acquisition: valid, if no gate of `shards` is closed and the word is still the one noted. `shards` must not be empty.
+///
+/// Inside the gates, so that a closer either keeps us out or waits until the word is written and then takes it back.
+pub fn publish<G: Gates + ?Sized>(gates: &G, word: &Word, noted: Snapshot, shards: Shards) -> Option<Snapshot> {
+    let _inside = enter(gates, shards).ok()?;
+    word.step_into(noted, Step::Publish, shards).ok()
+}
+
+/// What the reservation found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// This gate is closed, and was at this epoch: sleep on it and try again.
+    Closed {
+        /// The shard.
+        shard: usize,
+        /// Its epoch, read before the gate.
+        epoch: u32,
+    },
+    /// The word of the lease with this index has changed.
+    Stale(usize),
+}
+
+/// The uses of one submit: which shards, and the era in which each began.
+#[derive(Debug, Clone)]
+pub struct Uses {
+    shards: Shards,
+    eras: [Option<Era>; SHARDS],
+}
+
+/// Begins one use in every shard of the leases if all gates are open and every word is the one its lease was taken at.
+pub fn reserve<'a, G: Gates + ?Sized>(
+    gates: &G,
+    leases: impl Iterator<Item = (&'a Word, Snapshot)> + Clone,
+) -> Result<Uses, Refusal> {
+    let shards = leases.clone().fold(Shards::NONE, |all, (_, noted)| all.union(noted.shards));
+    let inside = enter(gates, shards)?;
+    if let Some(stale) = leases.into_iter().position(|(word, noted)| word.read() != noted) {
+        return Err(Refusal::Stale(stale));
+    }
+    // Counted before the visits end: a closer that waits for us to leave finds the use.
+    let eras = std::array::from_fn(|shard| inside[shard].as_ref().map(Visit::begin));
+    Ok(Uses { shards, eras })
+}
+
+impl Uses {
+    /// Ends the uses. Called once.
+    pub fn end<G: Gates + ?Sized>(&self, gates: &G) {
+        for shard in self.shards.iter() {
+            gates.gate(shard).end(self.eras[shard].expect("a use began in each of its shards"));
+        }
+    }
+}
+
+/// Visits in ascending order of shards. All or none.
+fn enter<G: Gates + ?Sized>(gates: &G, shards: Shards) -> Result<[Option<Visit<'_>>; SHARDS], Refusal> {
+    let mut inside = [const { None }; SHARDS];
+    for shard in shards.iter() {
+        let gate = gates.gate(shard);
+        let epoch = gate.epoch(); // before the gate, or the opening we would wait for may have been
+        match gate.try_enter() {
+            Some(visit) => inside[shard] = Some(visit),
+            None => return Err(Refusal::Closed { shard, epoch }),
+        }
+    }
+    Ok(inside)
+}

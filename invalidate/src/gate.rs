@@ -1,0 +1,310 @@
+//! The gate of one shard: it decides, between the threads that use memory and the one that watches it change hands, who goes first.
+//!
+//! **Problem.** A submitter looks at an object, finds it valid and hands its memory to a device. Meanwhile the program unmaps that memory,
+//! and somebody has to hold the `munmap` until the device is done. Neither side may take a lock: the submitter would hold it across a driver
+//! call, and the watcher runs while a mutator is asleep in the kernel with who knows which locks.
+//!
+//! **Law.** A closer that has seen `users == 0` and then `inflight == 0` while the gate is closed knows that no work uses the shard's memory
+//! and that none can begin before it opens the gate again.
+//!
+//! **Protocol.** It is the store-buffering pattern twice over, so each side puts a `SeqCst` fence between its store and its load:
+//!
+//! | submitter | closer |
+//! | --- | --- |
+//! | `users + 1` | `closed + 1` |
+//! | *fence* | *fence* |
+//! | `closed` is 0? and the object's word is unchanged? | `users` is 0? then `inflight` is 0? |
+//! | yes: `inflight + 1` | yes: events may be read, words changed |
+//! | `users - 1`, *fence*, closed? → wake the closer | `closed - 1`, `epoch + 1`, wake everybody |
+//!
+//! Either the submitter sees the gate closed and goes away, or the closer sees the user, waits for it to leave, and then sees its `inflight`.
+//! The third fence, before the decision to wake, is the same pattern once more: *decrement, then look at `closed`* against *close, then look at
+//! the count*. Without it both sides can miss each other and the closer sleeps for ever.
+//!
+//! **Waiting.** Openers go *closed − 1, epoch + 1, wake*; waiters read *epoch, closed, and only then any word*, and sleep on the epoch they
+//! read. In any other order a waiter can sleep on an epoch that has already passed. The models in `pinfold-core`'s `tests/loom.rs` check each
+//! of these sentences and, by a list of mutations, that they would notice if one were broken.
+//!
+//! **LATE.** Work that outlives its deadline is moved from `inflight` to `late`: no hold-off waits for it any more, destruction still does.
+//! Each use remembers the *era* it began in, and a give-up begins a new era, so that its end is taken from the right count.
+
+use std::time::Instant;
+
+use crate::sync::{AtomicU32, AtomicU64, Futex, Ordering, fence};
+
+/// Gate, users, uses and epoch of one shard. See the module's head for the protocol.
+#[derive(Debug, Default)]
+pub struct Gate {
+    /// How many closers hold the gate closed. Written by closers only, by read-modify-write.
+    closed: AtomicU32,
+    /// Threads between [`try_enter`](Self::try_enter) and leaving. Written by them.
+    users: AtomicU32,
+    /// Era in the upper half, uses under way in the lower. Written inside `users`, by retirement, and by [`give_up`](Self::give_up).
+    flight: AtomicU64,
+    /// Uses given up on. Written by `give_up` and by retirement.
+    late: AtomicU32,
+    /// Changes after each opening; those who met a closed gate sleep on it.
+    epoch: Futex,
+    /// Changes when a count fell while the gate was closed; closers sleep on it.
+    fell: Futex,
+}
+
+const COUNT: u64 = 0xffff_ffff;
+
+/// The era a use began in; needed to end it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Era(u32);
+
+/// A visit of the gate: while it lasts, no closer goes past `users == 0`. Must be short: no driver call, no lock, no allocation.
+#[derive(Debug)]
+pub struct Visit<'a> {
+    gate: &'a Gate,
+}
+
+impl Gate {
+    /// An open gate that nobody uses.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    // ---- users ----------------------------------------------------------------------------------------------------------------------
+
+    /// Enters if the gate is open. What the visitor reads afterwards (the words of objects) is not older than the last opening.
+    pub fn try_enter(&self) -> Option<Visit<'_>> {
+        self.users.fetch_add(1, Ordering::Relaxed);
+        let visit = Visit { gate: self }; // leaves on every path
+        fence(Ordering::SeqCst); // between our store to `users` and our load of `closed`; partner: `close`
+        self.is_open().then_some(visit)
+    }
+
+    /// Whether nobody holds the gate closed. Acquire: pairs with the Release in [`open`](Self::open); who sees the gate open sees what its
+    /// closers did to the words.
+    pub fn is_open(&self) -> bool {
+        self.closed.load(Ordering::Acquire) == 0
+    }
+
+    /// The epoch to sleep on. Read it *before* asking [`is_open`](Self::is_open).
+    pub fn epoch(&self) -> u32 {
+        self.epoch.value()
+    }
+
+    /// Sleeps until the gate has been opened once more since `epoch` was read, or the deadline. Returns false when the deadline has passed.
+    pub fn wait_epoch(&self, epoch: u32, deadline: Option<Instant>) -> bool {
+        self.epoch.wait(epoch, deadline)
+    }
+
+    /// Waits until the gate is seen open. Returns false when the deadline has passed first; the gate must then not be looked through.
+    pub fn wait_open(&self, deadline: Option<Instant>) -> bool {
+        loop {
+            let epoch = self.epoch();
+            if self.is_open() {
+                return true;
+            }
+            if !self.wait_epoch(epoch, deadline) {
+                return false;
+            }
+        }
+    }
+
+    // ---- uses -----------------------------------------------------------------------------------------------------------------------
+
+    /// Ends a use begun by [`Visit::begin`]. Allocates nothing, takes no lock: fit for a completion thread while a mutator waits.
+    pub fn end(&self, era: Era) {
+        let mut now = self.flight.load(Ordering::Relaxed);
+        let falls = loop {
+            if era_of(now) != era {
+                break &self.late;
+            }
+            // Release: pairs with the Acquire in `is_quiet`; who sees the count fall sees that the use is over.
+            match self.flight.compare_exchange_weak(now, now - 1, Ordering::Release, Ordering::Relaxed) {
+                Ok(_) => return self.wake_closers(),
+                Err(seen) => now = seen,
+            }
+        };
+        falls.fetch_sub(1, Ordering::Release); // as above, for `is_drained`
+        self.fell.bump();
+    }
+
+    /// Uses under way that hold-offs wait for.
+    pub fn inflight(&self) -> u32 {
+        count_of(self.flight.load(Ordering::Relaxed))
+    }
+
+    /// Uses that outlived a deadline and have not ended yet.
+    pub fn late(&self) -> u32 {
+        self.late.load(Ordering::Relaxed)
+    }
+
+    // ---- closers --------------------------------------------------------------------------------------------------------------------
+
+    /// Closes the gate for whoever has not entered yet. Every `close` needs one [`open`](Self::open).
+    pub fn close(&self) {
+        self.closed.fetch_add(1, Ordering::Relaxed);
+        fence(Ordering::SeqCst); // between our store to `closed` and our loads of the counts; partners: `try_enter`, `wake_closers`
+    }
+
+    /// Takes back one [`close`](Self::close) and wakes those who wait for the gate, in this order.
+    pub fn open(&self) {
+        // Release: pairs with the Acquire in `is_open`.
+        let before = self.closed.fetch_sub(1, Ordering::Release);
+        debug_assert!(before > 0, "a gate is opened by whoever closed it");
+        self.epoch.bump();
+    }
+
+    /// Waits, with the gate closed, until nobody is inside. Returns false when the deadline has passed first.
+    pub fn wait_users(&self, deadline: Option<Instant>) -> bool {
+        // Acquire: pairs with the Release in `Visit::drop`; who sees the visitor gone sees its `begin`.
+        self.wait_fallen(deadline, || self.users.load(Ordering::Acquire) == 0)
+    }
+
+    /// Waits, with the gate closed and nobody inside, until no use is under way. Returns false when the deadline has passed first.
+    pub fn wait_quiet(&self, deadline: Option<Instant>) -> bool {
+        self.wait_fallen(deadline, || self.is_quiet())
+    }
+
+    /// Moves what is still under way to `late` and returns how much that was. Called with the gate closed, when the deadline has passed.
+    pub fn give_up(&self) -> u32 {
+        let mut now = self.flight.load(Ordering::Relaxed);
+        loop {
+            let count = count_of(now);
+            if count == 0 {
+                return 0;
+            }
+            // First counted as late, then taken out: `is_drained` may count a use twice for a moment, but never not at all.
+            self.late.fetch_add(count, Ordering::Relaxed);
+            let next = u64::from(era_of(now).0.wrapping_add(1)) << 32;
+            match self.flight.compare_exchange(now, next, Ordering::Release, Ordering::Relaxed) {
+                Ok(_) => return count,
+                Err(seen) => {
+                    self.late.fetch_sub(count, Ordering::Relaxed);
+                    now = seen;
+                }
+            }
+        }
+    }
+
+    /// Waits until neither uses nor late uses are left. Needs no closed gate; for teardown. Returns false when the deadline has passed first.
+    pub fn wait_drained(&self, deadline: Option<Instant>) -> bool {
+        self.close(); // so that falling counts wake us
+        let drained = self.wait_fallen(deadline, || self.is_drained());
+        self.open();
+        drained
+    }
+
+    fn is_quiet(&self) -> bool {
+        count_of(self.flight.load(Ordering::Acquire)) == 0
+    }
+
+    fn is_drained(&self) -> bool {
+        self.is_quiet() && self.late.load(Ordering::Acquire) == 0
+    }
+
+    fn wait_fallen(&self, deadline: Option<Instant>, done: impl Fn() -> bool) -> bool {
+        loop {
+            let seen = self.fell.value();
+            if done() {
+                return true;
+            }
+            if !self.fell.wait(seen, deadline) {
+                return done();
+            }
+        }
+    }
+
+    fn wake_closers(&self) {
+        fence(Ordering::SeqCst); // between our decrement and our load of `closed`; partner: `close`
+        if self.closed.load(Ordering::Relaxed) != 0 {
+            self.fell.bump();
+        }
+    }
+}
+
+impl Visit<'_> {
+    /// Begins a use. It counts before this visit is over, so no closer can miss it.
+    pub fn begin(&self) -> Era {
+        // Relaxed: published to closers by the Release with which the visit ends.
+        era_of(self.gate.flight.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+impl Drop for Visit<'_> {
+    fn drop(&mut self) {
+        // Release: pairs with the Acquire in `wait_users`.
+        self.gate.users.fetch_sub(1, Ordering::Release);
+        self.gate.wake_closers();
+    }
+}
+
+fn era_of(flight: u64) -> Era {
+    Era((flight >> 32) as u32)
+}
+
+fn count_of(flight: u64) -> u32 {
+    (flight & COUNT) as u32
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn passed() -> Option<Instant> {
+        Some(Instant::now())
+    }
+
+    #[test]
+    fn a_closed_gate_lets_nobody_in_and_counts_its_closers() {
+        let gate = Gate::new();
+        gate.close();
+        gate.close();
+        gate.open();
+        assert!(gate.try_enter().is_none());
+        gate.open();
+        assert!(gate.try_enter().is_some());
+        assert!(gate.wait_users(passed()));
+    }
+
+    #[test]
+    fn a_closer_waits_for_users_and_uses() {
+        let gate = Gate::new();
+        let visit = gate.try_enter().unwrap();
+        gate.close();
+        assert!(!gate.wait_users(passed()));
+        let era = visit.begin();
+        drop(visit);
+        assert!(gate.wait_users(passed()));
+        assert!(!gate.wait_quiet(passed()));
+        std::thread::scope(|s| {
+            s.spawn(|| gate.end(era));
+            assert!(gate.wait_quiet(None));
+        });
+    }
+
+    #[test]
+    fn late_uses_end_in_the_count_they_were_moved_to() {
+        let gate = Gate::new();
+        let old = gate.try_enter().unwrap().begin();
+        assert_eq!(gate.give_up(), 1);
+        let new = gate.try_enter().unwrap().begin();
+        assert_eq!((gate.inflight(), gate.late()), (1, 1));
+        gate.end(old);
+        assert_eq!((gate.inflight(), gate.late()), (1, 0));
+        assert!(!gate.wait_drained(passed()));
+        gate.end(new);
+        assert_eq!((gate.inflight(), gate.late()), (0, 0));
+        assert!(gate.wait_drained(passed()));
+        assert_eq!(gate.give_up(), 0);
+    }
+
+    #[test]
+    fn waiting_for_an_opening_ends_at_the_deadline_or_with_the_opening() {
+        let gate = Gate::new();
+        gate.close();
+        assert!(!gate.wait_open(Some(Instant::now() + Duration::from_millis(5))));
+        std::thread::scope(|s| {
+            s.spawn(|| gate.open());
+            assert!(gate.wait_open(None));
+        });
+    }
+}

@@ -1,0 +1,193 @@
+//! The monitor: one thread that stands between a mutator and its freedom.
+//!
+//! **Problem.** `poll` says that a mutator waits, not what it does; the message that says so is also what sets it free. So the monitor must
+//! assume the worst of a shard before it reads, and must be done with what it read before anybody can look at the result.
+//!
+//! **Law.** A message is read only while the shard's gate is closed, nobody is inside and nothing is under way, or after the deadline when the
+//! shard's uses have been moved to *late*. A gate opens only after every target over the message's range has been told.
+//!
+//! **Protocol.** Three passes over the shards that have something: close all their gates (so that their uses drain side by side); for each,
+//! wait, read until empty, tell; then open all. One read may free many mutators: the whole shard is quiet. Everything is preallocated, see
+//! `event_path.rs`. The shard without hold-off is read first and told afterwards, its gate closed all the while.
+
+use std::io;
+use std::os::fd::{BorrowedFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::event_path::EventPath;
+use crate::space::{Cause, Change, Inner, NO_HOLD, SHARDS, Shard, Shards, SpaceError};
+use crate::uffd::{Event, Message, close_once};
+use crate::watchdog::Phase;
+
+const KICK: u64 = SHARDS as u64;
+
+/// What other threads need of the monitor: a way to wake it.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    epoll: AtomicI32,
+    kick: AtomicI32,
+    /// Rounds begun; the watchdog watches it move.
+    pub(crate) beat: AtomicU64,
+}
+
+impl Shared {
+    pub(crate) fn new(shards: &[Shard; SHARDS]) -> Result<Self, SpaceError> {
+        let setup = |errno: nix::Error| SpaceError::Setup {
+            what: "the monitor's epoll",
+            limit: "open files (ulimit -n)",
+            source: io::Error::from(errno),
+        };
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(setup)?;
+        let kick = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map_err(setup)?;
+        epoll.add(&kick, EpollEvent::new(EpollFlags::EPOLLIN, KICK)).map_err(setup)?;
+        for (number, shard) in shards.iter().enumerate() {
+            if let Some(uffd) = &shard.uffd {
+                // SAFETY: the shard's userfaultfd is open: nobody but the fork handlers and the end of the space closes it.
+                let fd = unsafe { BorrowedFd::borrow_raw(uffd.raw()) };
+                epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, number as u64)).map_err(setup)?;
+            }
+        }
+        let own = |fd: std::os::fd::OwnedFd| AtomicI32::new(std::os::fd::IntoRawFd::into_raw_fd(fd));
+        Ok(Self { epoll: own(epoll.0), kick: own(kick.into()), beat: AtomicU64::new(0) })
+    }
+
+    /// Makes the monitor take a round. Neither allocates nor blocks.
+    pub(crate) fn kick(&self) {
+        let one = 1_u64.to_ne_bytes();
+        // SAFETY: eight bytes of this frame; the descriptor is our eventfd, or −1 in a forked child.
+        unsafe { libc::write(self.kick.load(Ordering::Relaxed), one.as_ptr().cast(), one.len()) };
+    }
+
+    fn unkick(&self) {
+        let mut count = [0_u8; 8];
+        // SAFETY: eight writable bytes of this frame; the descriptor is our non-blocking eventfd.
+        unsafe { libc::read(self.kick.load(Ordering::Relaxed), count.as_mut_ptr().cast(), count.len()) };
+    }
+
+    /// Which shards have something to read. `None`: only a kick, or nothing within `timeout`.
+    pub(crate) fn readable(&self, timeout: EpollTimeout) -> Shards {
+        let mut events = [EpollEvent::empty(); SHARDS + 1];
+        let timeout = i32::from(timeout);
+        let room = i32::try_from(events.len()).expect("seventeen fits");
+        let epoll: RawFd = self.epoll.load(Ordering::Relaxed);
+        // SAFETY: `EpollEvent` is a transparent `epoll_event`; the array is writable and `room` long; the descriptor is our epoll or −1.
+        let count = unsafe { libc::epoll_wait(epoll, events.as_mut_ptr().cast(), room, timeout) };
+        let seen = events.iter().take(usize::try_from(count).unwrap_or(0)).map(EpollEvent::data);
+        seen.filter(|&number| number != KICK).fold(Shards::NONE, |all, number| all.union(Shards::one(number as usize)))
+    }
+
+    /// Async-signal-safe.
+    pub(crate) fn close(&self) {
+        close_once(&self.epoll);
+        close_once(&self.kick);
+    }
+}
+
+pub(crate) fn run(inner: &Arc<Inner>) {
+    crate::index::warm_up_thread();
+    let mut messages = [Message::default(); 64];
+    while !inner.stop.load(Ordering::SeqCst) {
+        inner.watchdog.enter(Phase::Idle);
+        let readable = inner.monitor.readable(EpollTimeout::NONE);
+        inner.watchdog.enter(Phase::Working);
+        inner.monitor.beat.fetch_add(1, Ordering::Relaxed);
+        inner.monitor.unkick();
+        let _mark = EventPath::enter();
+        round(inner, readable, &mut messages);
+    }
+}
+
+fn round(inner: &Inner, readable: Shards, messages: &mut [Message]) {
+    let begun = Instant::now();
+    let deadline = begun + inner.deadline();
+    for shard in readable.iter() {
+        inner.shards[shard].gate.close();
+    }
+    // What the watchdog read in our place, with gates it closed for us.
+    drain_log(inner);
+    for number in readable.iter() {
+        let shard = &inner.shards[number];
+        let no_hold = number == NO_HOLD;
+        let late = !no_hold && !quiesce(inner, shard, deadline);
+        let held = begun.elapsed();
+        let mut any = false;
+        while let Some(uffd) = &shard.uffd {
+            let got = uffd.read(messages);
+            if no_hold {
+                shard.gate.wait_users(Some(deadline));
+            }
+            any |= got > 0;
+            for message in &messages[..got] {
+                tell(inner, message, held, late, no_hold);
+            }
+            if got < messages.len() {
+                break;
+            }
+        }
+        if any {
+            inner.counters.holds.fetch_add(1, Ordering::Relaxed);
+            inner.counters.held_ns.fetch_add(nanos(held), Ordering::Relaxed);
+        }
+    }
+    for shard in readable.iter() {
+        inner.shards[shard].gate.open();
+    }
+    for shard in &inner.shards {
+        // After the log has been drained: the watchdog hands a gate over behind its last entry.
+        for _ in 0..shard.handed.swap(0, Ordering::Acquire) {
+            drain_log(inner);
+            shard.gate.open();
+        }
+    }
+    inner.settle_turn.bump();
+}
+
+/// Waits until nothing is under way in the shard. False: the deadline has passed, and what is left counts as late.
+pub(crate) fn quiesce(inner: &Inner, shard: &Shard, deadline: Instant) -> bool {
+    let quiet = shard.gate.wait_users(Some(deadline)) && shard.gate.wait_quiet(Some(deadline));
+    if !quiet {
+        shard.gate.give_up();
+        inner.counters.late.fetch_add(1, Ordering::Relaxed);
+    }
+    quiet
+}
+
+fn drain_log(inner: &Inner) {
+    while let Some(message) = inner.watchdog.log.pop() {
+        tell(inner, &message, Duration::ZERO, true, false);
+    }
+}
+
+fn tell(inner: &Inner, message: &Message, held: Duration, late: bool, no_hold: bool) {
+    let Some(event) = message.decode() else { return };
+    inner.counters.events.fetch_add(1, Ordering::Relaxed);
+    if inner.happened.push(event).is_err() {
+        inner.overflow.store(true, Ordering::Relaxed);
+    }
+    let (range, cause) = match event {
+        Event::Unmap(range) => (range, Cause::Unmap),
+        Event::Remove(range) => (range, Cause::Remove),
+        Event::Remap { from, .. } => (from, Cause::Remap),
+    };
+    announce(inner, &Change { range, cause, held, late, no_hold });
+}
+
+/// Tells every target over the range and puts it on the list of those to be settled. Called with the gates closed and the event path marked.
+pub(crate) fn announce(inner: &Inner, change: &Change) {
+    inner.index.visit_overlapping(change.range, |entry| {
+        entry.value.invalidated(change);
+        // The clone goes to the queue or, if that is full, is dropped here while the index still holds the target: never the last one.
+        if inner.settling.push(Arc::clone(&**entry.value)).is_err() {
+            inner.overflow.store(true, Ordering::Relaxed);
+        }
+    });
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}

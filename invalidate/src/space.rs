@@ -1,0 +1,463 @@
+//! The address space of this process, tracked once: shards, index, threads, and who gets told.
+//!
+//! **Problem.** The kernel tells one listener at a time that a mapping is changing, and keeps the mutator waiting until the listener has read
+//! the message. Whoever shares memory with a device wants to use that time; nobody else wants to pay for it.
+//!
+//! **Law.** A mutator of watched memory goes on only when nothing that was begun over its shard is under way (or the deadline has passed, and
+//! then every object it touches is told so), and whoever returned from its mutation finds every object over it invalid.
+//!
+//! **Protocol.** See [`Gate`] for the two-sided part and `monitor.rs` for the watcher's three passes. A [`Space`] is made by the first who asks
+//! and shared by reference count; the last handle ends its threads, unregisters what is still watched, and only then closes the descriptors
+//! (a forked child may hold copies of them, and a context that lives on in a child would stop the parent's next `munmap` for ever).
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_queue::ArrayQueue;
+use thiserror::Error;
+
+use crate::fork::{self, ForkMark};
+use crate::gate::Gate;
+use crate::index::Index;
+use crate::ledger::Ledger;
+use crate::sync::Futex;
+use crate::uffd::{Event, Uffd, feature};
+use crate::{HostRange, bracket, monitor, settle, watchdog};
+
+/// How many shards there are. The last one is for ranges without hold-off.
+pub const SHARDS: usize = 16;
+/// The shard whose events are read first and told afterwards.
+pub(crate) const NO_HOLD: usize = SHARDS - 1;
+/// Watched memory that nobody watched before goes to a shard by blocks of this many bytes, so that neighbours share mappings.
+const SHARD_BLOCK: usize = 64 << 20;
+/// How long a mutator may be kept waiting unless configured.
+pub const DEFAULT_DEADLINE: Duration = Duration::from_millis(100);
+/// The longest deadline that is accepted: a mutator in hold-off can't be interrupted, not even by a signal handler.
+pub const MAX_DEADLINE: Duration = Duration::from_secs(10);
+/// Objects that wait for [`Target::settled`], and events that wait for the ledger. When full, the slow way is taken, which forgets nothing.
+const QUEUE: usize = 8192;
+
+/// A set of shards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
+pub struct Shards(pub u16);
+
+impl Shards {
+    /// No shard.
+    pub const NONE: Self = Self(0);
+    /// Every shard.
+    pub const ALL: Self = Self(u16::MAX);
+
+    /// The set of one shard.
+    #[must_use]
+    pub fn one(shard: usize) -> Self {
+        debug_assert!(shard < SHARDS, "shards are numbered below SHARDS");
+        Self(1 << shard)
+    }
+
+    /// Both sets.
+    #[must_use]
+    pub fn union(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// Whether every shard of `other` is in this set too.
+    #[must_use]
+    pub fn covers(self, other: Self) -> bool {
+        other.0 & !self.0 == 0
+    }
+
+    /// Whether no shard is in the set.
+    #[must_use]
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// Whether `shard` is in the set.
+    #[must_use]
+    pub fn has(self, shard: usize) -> bool {
+        self.0 & (1 << shard) != 0
+    }
+
+    /// The shards of the set in ascending order, which is the order in which gates are entered.
+    pub fn iter(self) -> impl Iterator<Item = usize> + Clone {
+        (0..SHARDS).filter(move |&shard| self.has(shard))
+    }
+}
+
+/// Why memory changed hands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Cause {
+    /// The mapping is gone or was replaced.
+    Unmap,
+    /// The mapping moved elsewhere.
+    Remap,
+    /// The pages were dropped; the mapping stays.
+    Remove,
+    /// A mutation announced by [`Space::mutate`].
+    Bracket,
+    /// [`Space::invalidate`] was called.
+    Manual,
+    /// Somebody asked for it in order to test what then happens.
+    Injected,
+    /// Discarded pages could not be proven gone when they were taken again, so they are taken once more.
+    Unproven,
+}
+
+/// One change, as a [`Target`] is told of it.
+#[derive(Debug, Clone, Copy)]
+pub struct Change {
+    /// The bytes that change hands. May reach beyond the target's range.
+    pub range: HostRange,
+    /// Why.
+    pub cause: Cause,
+    /// How long the mutator has been kept waiting so far.
+    pub held: Duration,
+    /// Work was still under way when the deadline passed.
+    pub late: bool,
+    /// The mutator was let go before anybody was told (the range is one without hold-off).
+    pub no_hold: bool,
+}
+
+/// What wants to know. Both calls may come more often than there were changes, and for changes that are over.
+pub trait Target: Send + Sync + 'static {
+    /// The bytes change hands. When this returns, the target must count as invalid for whoever looks at it through an open gate.
+    ///
+    /// Called on the monitor thread (or on the thread of [`Space::mutate`] and [`Space::invalidate`]) with the gates of [`shards`](Self::shards)
+    /// closed, while a mutator may be asleep in the kernel with the allocator's lock: must not allocate, free, log, call a driver, nor take a
+    /// lock that anybody holds while doing so. [`on_event_path`](crate::on_event_path) is true meanwhile.
+    fn invalidated(&self, change: &Change);
+
+    /// The change is over, on an ordinary thread where everything is allowed. The place to let go of what the range was used for.
+    fn settled(self: Arc<Self>);
+
+    /// The shards in which this target's uses are counted.
+    fn shards(&self) -> Shards;
+}
+
+/// The tracking can't be had.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum SpaceError {
+    /// A thread or a descriptor can't be made.
+    #[error("can't set up {what}: {source}; raise the limit on {limit}")]
+    Setup {
+        /// What was being set up.
+        what: &'static str,
+        /// Which limit of the process may be in the way.
+        limit: &'static str,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// This process is a forked child of the one the handle belongs to.
+    #[error("this handle belongs to the parent process; a forked child has to make its own")]
+    Forked,
+}
+
+/// What has happened so far. All numbers count since the space was made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SpaceStats {
+    /// Messages read from the kernel.
+    pub events: u64,
+    /// Rounds in which mutators were held (one round may free many).
+    pub holds: u64,
+    /// Nanoseconds mutators were held, summed over rounds.
+    pub held_ns: u64,
+    /// Rounds in which the deadline passed.
+    pub late: u64,
+    /// Times the watchdog had to read in the monitor's place.
+    pub rescues: u64,
+    /// Brackets.
+    pub brackets: u64,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) events: AtomicU64,
+    pub(crate) holds: AtomicU64,
+    pub(crate) held_ns: AtomicU64,
+    pub(crate) late: AtomicU64,
+    pub(crate) rescues: AtomicU64,
+    pub(crate) brackets: AtomicU64,
+}
+
+/// One userfaultfd with its gate.
+#[derive(Debug)]
+pub(crate) struct Shard {
+    pub(crate) gate: Gate,
+    /// `None` where the kernel has no userfaultfd for us: then nothing is watched, and brackets still work.
+    pub(crate) uffd: Option<Uffd>,
+    /// Closings by the watchdog that the monitor must open. Added to by the watchdog after its last log entry.
+    pub(crate) handed: AtomicU32,
+}
+
+pub(crate) struct Inner {
+    pub(crate) shards: [Shard; SHARDS],
+    pub(crate) index: Index<Arc<dyn Target>>,
+    /// What is watched. Held across (un)registering, so that the record and the kernel agree; the monitor never takes it.
+    ledger: Mutex<Ledger>,
+    deadline_ns: AtomicU64,
+    pub(crate) fork: ForkMark,
+    pub(crate) counters: Counters,
+    pub(crate) monitor: monitor::Shared,
+    pub(crate) watchdog: watchdog::Shared,
+    /// For the settle thread: who to tell, what to write into the ledger.
+    pub(crate) settling: ArrayQueue<Arc<dyn Target>>,
+    pub(crate) happened: ArrayQueue<Event>,
+    pub(crate) overflow: AtomicBool,
+    pub(crate) settle_turn: Futex,
+    pub(crate) stop: AtomicBool,
+}
+
+/// A share in the tracking of this process's address space.
+pub struct Space {
+    pub(crate) inner: Arc<Inner>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// The one space of this process, for those who come later and for the fork handlers. A leaf lock but for the making of a space.
+static CURRENT: Mutex<std::sync::Weak<Space>> = Mutex::new(std::sync::Weak::new());
+
+impl Space {
+    /// The tracking of this process: the existing one, or a new one. `deadline` is how long a mutator may be kept waiting; the longest of all
+    /// who ask counts (nobody's work is given up on before the time it asked for), at most [`MAX_DEADLINE`].
+    ///
+    /// Where the kernel offers no userfaultfd this succeeds all the same; [`watch`](Self::watch) then says that nothing can be watched.
+    ///
+    /// # Errors
+    /// [`SpaceError::Setup`] if threads or descriptors can't be had.
+    pub fn get(deadline: Duration) -> Result<Arc<Self>, SpaceError> {
+        let mut current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner);
+        let deadline = u64::try_from(deadline.min(MAX_DEADLINE).as_nanos()).expect("ten seconds fit");
+        if let Some(space) = current.upgrade().filter(|space| !space.is_forked()) {
+            space.inner.deadline_ns.fetch_max(deadline, Ordering::Relaxed);
+            return Ok(space);
+        }
+        let space = Arc::new(Self::start(deadline)?);
+        fork::install(&space.inner);
+        *current = Arc::downgrade(&space);
+        Ok(space)
+    }
+
+    fn start(deadline_ns: u64) -> Result<Self, SpaceError> {
+        // All three events or none: half a watch would be believed to be a whole one.
+        let open = || {
+            let (uffd, got) = Uffd::open(feature::WANTED).ok()?;
+            (got & feature::EVENTS == feature::EVENTS).then_some(uffd)
+        };
+        let shards = std::array::from_fn(|_| Shard { gate: Gate::new(), uffd: open(), handed: AtomicU32::new(0) });
+        let inner = Arc::new(Inner {
+            monitor: monitor::Shared::new(&shards)?,
+            watchdog: watchdog::Shared::new(),
+            shards,
+            index: Index::new(),
+            ledger: Mutex::new(Ledger::default()),
+            deadline_ns: AtomicU64::new(deadline_ns),
+            fork: ForkMark::new(),
+            counters: Counters::default(),
+            settling: ArrayQueue::new(QUEUE),
+            happened: ArrayQueue::new(QUEUE),
+            overflow: AtomicBool::new(false),
+            settle_turn: Futex::new(),
+            stop: AtomicBool::new(false),
+        });
+        // From here on dropping `space` ends what has been started.
+        let space = Self { inner, threads: Mutex::new(Vec::new()) };
+        space.spawn("pinfold-monitor", monitor::run)?;
+        space.spawn("pinfold-watchdg", watchdog::run)?;
+        space.spawn("pinfold-settle", settle::run)?;
+        Ok(space)
+    }
+
+    fn spawn(&self, name: &'static str, run: fn(&Arc<Inner>)) -> Result<(), SpaceError> {
+        let inner = Arc::clone(&self.inner);
+        let spawned = std::thread::Builder::new().name(name.into()).spawn(move || run(&inner));
+        let handle =
+            spawned.map_err(|source| SpaceError::Setup { what: "a thread", limit: "processes (ulimit -u)", source })?;
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(handle);
+        Ok(())
+    }
+
+    /// Whether this process is a forked child of the one that made this space. Costs a load.
+    #[must_use]
+    pub fn is_forked(&self) -> bool {
+        self.inner.fork.is_child()
+    }
+
+    /// The gate of a shard, for those who begin uses.
+    #[must_use]
+    pub fn gate(&self, shard: usize) -> &Gate {
+        &self.inner.shards[shard].gate
+    }
+
+    /// How long a mutator may be kept waiting.
+    #[must_use]
+    pub fn deadline(&self) -> Duration {
+        self.inner.deadline()
+    }
+
+    /// Puts a target over a range. From now on it is told of changes that somebody sees: the bracket and [`invalidate`](Self::invalidate) at
+    /// once, the program's own mutations when the pages are [watched](Self::watch). Touches neither the pages nor the kernel.
+    pub fn insert(&self, range: HostRange, id: u64, target: Arc<dyn Target>) {
+        self.inner.index.insert(range, id, Arc::new(target));
+    }
+
+    /// Takes the target away and ends the watch over pages that no other target covers.
+    pub fn remove(&self, range: HostRange, id: u64) {
+        if self.is_forked() {
+            return;
+        }
+        self.unwatch_rest(range, id);
+        self.inner.index.remove(range, id);
+    }
+
+    /// Whether any page of the range is watched.
+    #[must_use]
+    pub fn is_watched(&self, range: HostRange) -> bool {
+        self.inner.ledger().watched(range).next().is_some()
+    }
+
+    /// Calls `visit` with each target over the range.
+    pub fn visit(&self, range: HostRange, mut visit: impl FnMut(HostRange, u64, &Arc<dyn Target>)) {
+        self.inner.index.visit_overlapping(range, |entry| visit(entry.range, entry.id, entry.value));
+    }
+
+    /// Waits until no gate of the set is closed. Returns false when `deadline` has passed first: then nothing may be looked at.
+    #[must_use]
+    pub fn wait_open(&self, shards: Shards, deadline: Instant) -> bool {
+        shards.iter().all(|shard| self.gate(shard).wait_open(Some(deadline)))
+    }
+
+    /// Whether some mutation of memory in these shards is in flight: begun, and its mutator still waiting for us. Costs 0.3 µs a shard.
+    #[must_use]
+    pub fn is_busy(&self, shards: Shards) -> bool {
+        shards.iter().any(|shard| self.inner.shards[shard].uffd.as_ref().is_some_and(Uffd::is_busy))
+    }
+
+    /// The shard in which uses of a range are counted that nobody watches.
+    #[must_use]
+    pub fn home(&self, range: HostRange) -> Shards {
+        Shards::one(Inner::home(range))
+    }
+
+    /// Runs a mutation of the address space that is known beforehand, so that beginning *and* end are exact: nothing uses the ranges when `f`
+    /// starts, every target over them is invalid, and none becomes valid again before `f` has returned. It is the only way to get the
+    /// operations right of which the kernel sends no event (file truncation, hole punching, guard pages), and the only way in which whoever
+    /// handles these events may unmap watched memory itself.
+    ///
+    /// # Errors
+    /// [`bracket::MutateError`]: called inside another bracket on the same thread, or in a forked child. `f` has not run then.
+    pub fn mutate<R>(&self, ranges: &[HostRange], f: impl FnOnce() -> R) -> Result<R, bracket::MutateError> {
+        bracket::mutate(&self.inner, ranges, f)
+    }
+
+    /// Invalidates what lies over the range without waiting for uses that are under way. For mutations nobody reports.
+    ///
+    /// # Errors
+    /// As [`mutate`](Self::mutate).
+    pub fn invalidate(&self, range: HostRange, cause: Cause) -> Result<(), bracket::MutateError> {
+        bracket::invalidate(&self.inner, range, cause)
+    }
+
+    /// What has happened so far.
+    #[must_use]
+    pub fn stats(&self) -> SpaceStats {
+        let c = &self.inner.counters;
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        SpaceStats {
+            events: get(&c.events),
+            holds: get(&c.holds),
+            held_ns: get(&c.held_ns),
+            late: get(&c.late),
+            rescues: get(&c.rescues),
+            brackets: get(&c.brackets),
+        }
+    }
+}
+
+impl Inner {
+    pub(crate) fn deadline(&self) -> Duration {
+        Duration::from_nanos(self.deadline_ns.load(Ordering::Relaxed))
+    }
+
+    /// The record of what is watched, brought up to date with the events the monitor has read.
+    pub(crate) fn ledger(&self) -> MutexGuard<'_, Ledger> {
+        let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Some(event) = self.happened.pop() {
+            match event {
+                Event::Unmap(range) => ledger.cut(range),
+                // The old place is cut by the UNMAP that follows, unless the mapping stays there (MREMAP_DONTUNMAP).
+                Event::Remap { from, to } => ledger.moved(from, to),
+                Event::Remove(_) => {}
+            }
+        }
+        ledger
+    }
+
+    /// The shard for pages nobody watches yet.
+    pub(crate) fn home(range: HostRange) -> usize {
+        range.start() / SHARD_BLOCK % NO_HOLD
+    }
+}
+
+impl Drop for Space {
+    fn drop(&mut self) {
+        let threads = std::mem::take(self.threads.get_mut().unwrap_or_else(PoisonError::into_inner));
+        if self.is_forked() {
+            std::mem::forget(threads); // they live in the parent
+            self.inner.close_descriptors();
+            return;
+        }
+        let pieces: Vec<_> = self.inner.ledger().all().collect();
+        for (piece, shard) in pieces {
+            if let Some(uffd) = &self.inner.shards[shard].uffd {
+                let _ = uffd.unregister(piece); // nothing mapped there any more: nothing to end
+            }
+        }
+        fork::uninstall(&self.inner);
+        self.inner.stop.store(true, Ordering::SeqCst);
+        self.inner.monitor.kick();
+        self.inner.watchdog.kick();
+        self.inner.settle_turn.bump();
+        let me = std::thread::current().id();
+        for thread in threads {
+            if thread.thread().id() != me {
+                let _ = thread.join(); // a panic there has been reported by its hook
+            }
+        }
+        self.inner.close_descriptors();
+    }
+}
+
+impl Inner {
+    /// Async-signal-safe: a forked child's handler calls it.
+    pub(crate) fn close_descriptors(&self) {
+        for uffd in self.shards.iter().filter_map(|shard| shard.uffd.as_ref()) {
+            uffd.close();
+        }
+        self.monitor.close();
+    }
+}
+
+impl fmt::Debug for Space {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Space").field("targets", &self.inner.index.len()).field("stats", &self.stats()).finish()
+    }
+}
+
+impl fmt::Debug for dyn Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Target")
+    }
+}
+
+/// The fork handlers need the lock that guards the making and ending of spaces.
+pub(crate) fn lock_current() -> MutexGuard<'static, std::sync::Weak<Space>> {
+    CURRENT.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Once per process.
+pub(crate) static FORK_HANDLERS: OnceLock<()> = OnceLock::new();
