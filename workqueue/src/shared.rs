@@ -1,0 +1,306 @@
+//! What a pool's handles, workers and keeper share, and the operations that go through its lock.
+
+use std::{sync::Arc, sync::OnceLock, time::Duration, time::Instant};
+
+use crate::{
+    Error, Refused,
+    crew::{Crew, Doing, Effects, Entry, Worker},
+    job::{Account, Cancelled, Context, Job, JobHandle},
+    keeper,
+    list::List,
+    state::{QueueState, State},
+    sync::{self, AtomicBool, AtomicU32, AtomicU64, Condvar, JoinHandle, Mutex, MutexGuard, Ordering, Thread},
+    sys::{self, Priority},
+    topology::Topology,
+    worker,
+};
+
+/// What does not change while the pool lives.
+#[derive(Debug, Clone)]
+pub(crate) struct Config {
+    pub(crate) name: Box<str>,
+    pub(crate) idle: Duration,
+    pub(crate) spin: Duration,
+    pub(crate) priority: Priority,
+    pub(crate) submitters_start: bool,
+    pub(crate) cancel_at_end: bool,
+    pub(crate) pin: bool,
+    /// The process that made the pool: in a forked child its threads don't exist.
+    pub(crate) process: u32,
+}
+
+pub(crate) struct Shared {
+    pub(crate) state: Mutex<State>,
+    /// Notified when a queue or the pool became empty, and when a thread's start came back.
+    pub(crate) drained: Condvar,
+    /// Counts work that became ready. Written outside the lock, a hint for spinning workers.
+    pub(crate) arrivals: AtomicU64,
+    /// Set once by `cancel_all`, seen by every run from then on.
+    pub(crate) cancel_all: AtomicBool,
+    pub(crate) keeper: OnceLock<Thread>,
+    pub(crate) keeper_awake: AtomicBool,
+    pub(crate) keeper_join: Mutex<Option<JoinHandle<()>>>,
+    /// Workers that the keeper is to start, for pools whose submitters never do: one count per node and account.
+    pub(crate) wanted: Box<[[AtomicU32; 2]]>,
+    pub(crate) topology: Topology,
+    pub(crate) config: Config,
+    /// The nice value that the first worker obtained; None before, or when it can't be read.
+    pub(crate) nice: OnceLock<Option<i32>>,
+    /// Threads the system is to refuse, for tests of what happens then.
+    pub(crate) refuse: AtomicU32,
+}
+
+impl Shared {
+    pub(crate) fn new(config: Config, topology: Topology, crew: Crew) -> Arc<Self> {
+        let rules = QueueState {
+            name: config.name.clone(),
+            max_active: u32::MAX,
+            active: 0,
+            inactive: List::default(),
+            live: 0,
+            timers: 0,
+            draining: 0,
+            closed: false,
+            handles: true,
+            concurrent: false,
+            account: None,
+        };
+        Arc::new(Self {
+            state: Mutex::new(State::new(crew, rules)),
+            drained: Condvar::new(),
+            arrivals: AtomicU64::new(0),
+            cancel_all: AtomicBool::new(false),
+            keeper: OnceLock::new(),
+            keeper_awake: AtomicBool::new(false),
+            keeper_join: Mutex::new(None),
+            wanted: (0..topology.len()).map(|_| [AtomicU32::new(0), AtomicU32::new(0)]).collect(),
+            topology,
+            config,
+            nice: OnceLock::new(),
+            refuse: AtomicU32::new(0),
+        })
+    }
+
+    /// Starts the keeper and each node's first worker.
+    pub(crate) fn open_for_business(self: &Arc<Self>) -> Result<(), Error> {
+        let no_thread = |source| Error::NoThread { name: self.config.name.clone(), source };
+        let shared = Arc::clone(self);
+        let keeper = sync::spawn(&self.config.name, move || keeper::run(&shared)).map_err(no_thread)?;
+        let _ = self.keeper.set(keeper.thread().clone());
+        *sync::lock(&self.keeper_join) = Some(keeper);
+        for node in 0..self.topology.len() as u32 {
+            self.lock().crew.enlist(node, Account::Bounded);
+            self.try_start_worker(node, Account::Bounded).map_err(no_thread)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        sync::lock(&self.state)
+    }
+
+    /// Takes the lock with at least one slot free. All allocation happens here, without the lock.
+    pub(crate) fn with_room(&self) -> MutexGuard<'_, State> {
+        let mut state = self.lock();
+        while let Some(shortage) = state.slab.shortage() {
+            drop(state);
+            let room = shortage.allocate();
+            state = self.lock();
+            let rest = state.slab.extend(room);
+            drop(state);
+            drop(rest);
+            state = self.lock();
+        }
+        state
+    }
+
+    /// Does what a change under the lock called for.
+    pub(crate) fn apply(self: &Arc<Self>, fx: Effects) {
+        if fx.arrived {
+            // Relaxed: a hint; whoever acts on it takes the lock.
+            self.arrivals.fetch_add(1, Ordering::Relaxed);
+        }
+        for worker in fx.wake.into_iter().flatten() {
+            worker.wake();
+        }
+        if fx.drained {
+            self.drained.notify_all();
+        }
+        for (node, account) in fx.spawn.into_iter().flatten() {
+            if self.config.submitters_start {
+                self.start_worker(node, account);
+            } else {
+                // Release: pairs with the keeper's Acquire swap.
+                self.wanted[node as usize][account as usize].fetch_add(1, Ordering::Release);
+                self.wake_keeper();
+            }
+        }
+        if fx.keeper {
+            self.wake_keeper();
+        }
+    }
+
+    pub(crate) fn wake_keeper(&self) {
+        // Release: pairs with the keeper's Acquire.
+        self.keeper_awake.store(true, Ordering::Release);
+        if let Some(keeper) = self.keeper.get() {
+            keeper.unpark();
+        }
+    }
+
+    /// Starts a worker that `summon` has already counted. If the system refuses, the count is taken back and the
+    /// keeper tries again later.
+    pub(crate) fn start_worker(self: &Arc<Self>, node: u32, account: Account) {
+        if let Err(_refused) = self.try_start_worker(node, account) {
+            let mut fx = Effects::default();
+            let mut state = self.lock();
+            state.crew.account_mut(node, account).refused();
+            // Somebody of the other account may be free to help out.
+            state.crew.summon(node, account, &mut fx);
+            drop(state);
+            fx.keeper = true;
+            self.apply(fx);
+        }
+    }
+
+    pub(crate) fn try_start_worker(self: &Arc<Self>, node: u32, account: Account) -> std::io::Result<()> {
+        let worker = Worker::new();
+        let (number, old) = self.enlist(Entry::new(Arc::clone(&worker), node, account));
+        if let Some(old) = old {
+            // It has left its entry and is about to return; nothing it still does waits for anybody.
+            let _ = old.join.map(JoinHandle::join);
+        }
+        // Relaxed: tests set it before the work that it is to fail.
+        let refused =
+            self.refuse.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok();
+        let started = if refused {
+            Err(rustix::io::Errno::AGAIN.into())
+        } else {
+            let shared = Arc::clone(self);
+            sync::spawn(&self.config.name, move || worker::run(&shared, number, &worker))
+        };
+        let mut state = self.lock();
+        state.crew.workers[number as usize].starting = false;
+        let result = match started {
+            Ok(join) => {
+                state.crew.workers[number as usize].join = Some(join);
+                state.crew.account_mut(node, account).started();
+                Ok(())
+            }
+            Err(error) => {
+                state.crew.stop_searching(number);
+                state.crew.change(number, |me| me.doing = Doing::Gone);
+                state.crew.account_mut(node, account).workers -= 1;
+                Err(error)
+            }
+        };
+        state.crew.spawning -= 1;
+        drop(state);
+        self.drained.notify_all();
+        result
+    }
+
+    /// Puts a worker into the table, which grows outside the lock; gives back what was in its place.
+    fn enlist(&self, entry: Entry) -> (u32, Option<Entry>) {
+        let mut entry = Some(entry);
+        let mut larger = Vec::new();
+        loop {
+            let mut state = self.lock();
+            let workers = &mut state.crew.workers;
+            if let Some(number) = workers.iter().position(Entry::is_over) {
+                let old = std::mem::replace(&mut workers[number], entry.take().expect("enlisted once"));
+                drop(state);
+                drop(larger);
+                return (number as u32, Some(old));
+            }
+            if workers.len() < workers.capacity() {
+                workers.push(entry.take().expect("enlisted once"));
+                let number = workers.len() as u32 - 1;
+                return (number, None);
+            }
+            if larger.capacity() > workers.len() {
+                larger.append(workers);
+                std::mem::swap(workers, &mut larger);
+                drop(state);
+                drop(std::mem::take(&mut larger));
+            } else {
+                let wanted = 2 * workers.len() + 4;
+                drop(state);
+                larger = Vec::with_capacity(wanted);
+            }
+        }
+    }
+
+    /// A worker thread's first act: where it runs and how urgently.
+    pub(crate) fn settle_in(&self, node: u32) {
+        if self.config.pin || self.topology.len() > 1 {
+            sys::stay_on(self.topology.processors(node));
+        }
+        if self.config.priority == Priority::High {
+            let nice = sys::raise_priority();
+            let _ = self.nice.set(nice);
+        }
+    }
+
+    pub(crate) fn submit(self: &Arc<Self>, queue: u32, job: Job) -> Result<JobHandle, Refused> {
+        let node = self.topology.here();
+        let delayed = !job.delay.is_zero();
+        let mut fx = Effects::default();
+        let inside = worker::current_in(self).map(|(_, queue, _)| queue);
+        let mut state = self.with_room();
+        if let Err(refused) = state.accept(queue, &job.attributes, node, delayed, inside) {
+            drop(state);
+            call_cancelled(self, job);
+            return Err(refused);
+        }
+        let slot = state.new_job(queue, node, job.attributes, job.run, job.hook);
+        let generation = state.slab[slot].generation;
+        if delayed {
+            state.delay(slot, Instant::now() + job.delay, &mut fx);
+        } else {
+            state.admit(slot, &mut fx);
+        }
+        drop(state);
+        self.apply(fx);
+        Ok(JobHandle { shared: Arc::clone(self), slot, generation })
+    }
+
+    pub(crate) fn cancel_job(self: &Arc<Self>, slot: u32, generation: u64) -> Cancelled {
+        let mut fx = Effects::default();
+        let mut state = self.lock();
+        if !state.slab.current(slot, generation) {
+            return Cancelled::NotFound;
+        }
+        if state.slab[slot].is_pending() {
+            let job = state.withdraw(slot, &mut fx);
+            drop(state);
+            self.apply(fx);
+            job.into_iter().for_each(|job| call_cancelled(self, job));
+            return Cancelled::Ok;
+        }
+        let hook = state.tell(slot);
+        drop(state);
+        if let Some(hook) = hook {
+            hook();
+        }
+        Cancelled::Running
+    }
+}
+
+/// Calls a job that will not run, and all that would have followed it, with the cancel flag set.
+pub(crate) fn call_cancelled(shared: &Shared, job: Job) {
+    let told = AtomicBool::new(true);
+    let context = Context { told: &told, all: &shared.cancel_all, no_cancel: false };
+    let mut next = Some(job);
+    while let Some(Job { run, hook, .. }) = next {
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let follow = run(&context);
+            drop(hook);
+            follow
+        }));
+        next = outcome.unwrap_or_else(|payload| {
+            worker::discard(payload);
+            None
+        });
+    }
+}
