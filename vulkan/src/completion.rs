@@ -41,25 +41,38 @@ pub struct Timeline {
     pub value: u64,
 }
 
-/// The lines of one device. Dropping it ends them and waits for that; tickets still pending then are retired as lost.
-pub(crate) struct Completion(Arc<Lines>);
-
-struct Lines {
-    gpu: Arc<Gpu>,
-    /// Taken by those who submit and by lines that end, never by a line that has a ticket to retire.
-    by_semaphore: Mutex<HashMap<vk::Semaphore, (Arc<Line>, JoinHandle<()>)>>,
+/// What is told when a value is reached: a [`Ticket`], or what a test puts in its place.
+pub(crate) trait Retire: Send + 'static {
+    fn retire(self, outcome: Outcome);
 }
 
-struct Line {
+impl Retire for Ticket {
+    fn retire(self, outcome: Outcome) {
+        Ticket::retire(self, outcome);
+    }
+}
+
+/// The lines of one device. Dropping it [finishes](Self::finish) them.
+pub(crate) struct Completion<T: Retire = Ticket>(Arc<Lines<T>>);
+
+struct Lines<T> {
+    gpu: Arc<Gpu>,
+    /// Taken by those who submit and by lines that end, never by a line that has a ticket to retire.
+    by_semaphore: Mutex<BySemaphore<T>>,
+}
+
+type BySemaphore<T> = HashMap<vk::Semaphore, (Arc<Line<T>>, JoinHandle<()>)>;
+
+struct Line<T> {
     semaphore: vk::Semaphore,
     /// A leaf, under which nothing is allocated or freed.
-    queue: Mutex<Queue>,
+    queue: Mutex<Queue<T>>,
     /// Rings when a ticket comes to an empty queue and when the line is to stop.
     bell: Condvar,
 }
 
-struct Queue {
-    pending: BinaryHeap<Reverse<Waiting>>,
+struct Queue<T> {
+    pending: BinaryHeap<Reverse<Waiting<T>>>,
     /// No thread serves this line any more; nothing may be queued.
     closed: bool,
     /// The thread is to end.
@@ -67,38 +80,38 @@ struct Queue {
 }
 
 /// A ticket and the value it waits for; ordered by the value alone.
-struct Waiting {
+struct Waiting<T> {
     value: u64,
-    ticket: Ticket,
+    ticket: T,
 }
 
-impl PartialEq for Waiting {
+impl<T> PartialEq for Waiting<T> {
     fn eq(&self, other: &Self) -> bool {
         self.value == other.value
     }
 }
 
-impl Eq for Waiting {}
+impl<T> Eq for Waiting<T> {}
 
-impl PartialOrd for Waiting {
+impl<T> PartialOrd for Waiting<T> {
     fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
         Some(self.cmp(other))
     }
 }
 
-impl Ord for Waiting {
+impl<T> Ord for Waiting<T> {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
         self.value.cmp(&other.value)
     }
 }
 
-impl Completion {
+impl<T: Retire> Completion<T> {
     pub(crate) fn new(gpu: &Arc<Gpu>) -> Self {
-        Self(Arc::new(Lines { gpu: Arc::clone(gpu), by_semaphore: Mutex::default() }))
+        Self(Arc::new(Lines { gpu: Arc::clone(gpu), by_semaphore: Mutex::new(HashMap::new()) }))
     }
 
     /// Retires `ticket` when `signal` is reached, or the device lost.
-    pub(crate) fn follow(&self, signal: Timeline, ticket: Ticket) {
+    pub(crate) fn follow(&self, signal: Timeline, ticket: T) {
         if self.0.gpu.is_lost() {
             return ticket.retire(Outcome::Lost);
         }
@@ -115,7 +128,7 @@ impl Completion {
     }
 
     /// The way out when the system refuses another thread: late is better than never.
-    fn wait_here(&self, semaphore: vk::Semaphore, waiting: Waiting) {
+    fn wait_here(&self, semaphore: vk::Semaphore, waiting: Waiting<T>) {
         let line = Line::new(semaphore);
         let queued = line.push(waiting);
         debug_assert!(queued.is_ok(), "a new line is open");
@@ -123,8 +136,9 @@ impl Completion {
     }
 }
 
-impl Drop for Completion {
-    fn drop(&mut self) {
+impl<T: Retire> Completion<T> {
+    /// Ends every line, waits for that, and so retires every ticket: as done if its value is reached, else as lost.
+    pub(crate) fn finish(&self) {
         let lines = mem::take(&mut *self.0.by_semaphore());
         for (line, _) in lines.values() {
             line.queue().stop = true;
@@ -139,9 +153,15 @@ impl Drop for Completion {
     }
 }
 
-impl Lines {
+impl<T: Retire> Drop for Completion<T> {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
+
+impl<T: Retire> Lines<T> {
     /// The line of `semaphore`, a new one if there is none; `None` if the system refuses a thread.
-    fn line(self: &Arc<Self>, semaphore: vk::Semaphore) -> Option<Arc<Line>> {
+    fn line(self: &Arc<Self>, semaphore: vk::Semaphore) -> Option<Arc<Line<T>>> {
         let mut lines = self.by_semaphore();
         if let Some((line, _)) = lines.get(&semaphore)
             && !line.queue().closed
@@ -157,31 +177,31 @@ impl Lines {
     }
 
     /// Removes a line that has closed, unless it has been replaced.
-    fn forget(&self, line: &Arc<Line>) {
+    fn forget(&self, line: &Arc<Line<T>>) {
         let mut lines = self.by_semaphore();
         if lines.get(&line.semaphore).is_some_and(|(current, _)| Arc::ptr_eq(current, line)) {
             lines.remove(&line.semaphore);
         }
     }
 
-    fn by_semaphore(&self) -> MutexGuard<'_, HashMap<vk::Semaphore, (Arc<Line>, JoinHandle<()>)>> {
+    fn by_semaphore(&self) -> MutexGuard<'_, BySemaphore<T>> {
         // A panic under the lock can only be a failed allocation of the map, which leaves the map as it was.
         self.by_semaphore.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Line {
+impl<T: Retire> Line<T> {
     fn new(semaphore: vk::Semaphore) -> Self {
         let queue = Queue { pending: BinaryHeap::with_capacity(ROOM), closed: false, stop: false };
         Self { semaphore, queue: Mutex::new(queue), bell: Condvar::new() }
     }
 
-    fn queue(&self) -> MutexGuard<'_, Queue> {
+    fn queue(&self) -> MutexGuard<'_, Queue<T>> {
         self.queue.lock().expect("no code under this lock panics")
     }
 
     /// Adds a ticket, or gives it back if the line has closed. Room is made outside the lock.
-    fn push(&self, waiting: Waiting) -> Result<(), Waiting> {
+    fn push(&self, waiting: Waiting<T>) -> Result<(), Waiting<T>> {
         let mut room = BinaryHeap::new();
         loop {
             let mut queue = self.queue();
@@ -206,13 +226,13 @@ impl Line {
     }
 
     /// What the line's thread does.
-    fn run(self: &Arc<Self>, lines: &Lines) {
+    fn run(self: &Arc<Self>, lines: &Lines<T>) {
         loop {
             if self.serve_once(&lines.gpu) {
                 continue;
             }
             let queue = self.queue();
-            let idle = |queue: &mut Queue| queue.pending.is_empty() && !queue.stop;
+            let idle = |queue: &mut Queue<T>| queue.pending.is_empty() && !queue.stop;
             let (mut queue, _) =
                 self.bell.wait_timeout_while(queue, IDLE, idle).expect("no code under this lock panics");
             if queue.pending.is_empty() {
@@ -231,16 +251,18 @@ impl Line {
     fn serve_once(&self, gpu: &Gpu) -> bool {
         let queue = self.queue();
         let Some(Reverse(first)) = queue.pending.peek() else { return false };
-        let (value, stop) = (first.value, queue.stop);
+        let (value, limit) = (first.value, if queue.stop { Duration::ZERO } else { SLICE });
         drop(queue);
-        if stop || gpu.is_lost() {
+        if gpu.is_lost() {
             self.retire(u64::MAX, Outcome::Lost);
-            return false;
+            return true;
         }
         // SAFETY: a ticket for this semaphore is pending, and until it is retired the engine keeps the semaphore alive (the contract of
         // `VulkanDevice::new`).
-        match unsafe { gpu.wait(self.semaphore, value, SLICE) } {
+        match unsafe { gpu.wait(self.semaphore, value, limit) } {
             Ok(true) => self.retire(value, Outcome::Done),
+            // The end: what isn't reached now never will be.
+            Ok(false) if limit.is_zero() => self.retire(u64::MAX, Outcome::Lost),
             Ok(false) => {}
             Err(vk::Result::ERROR_DEVICE_LOST) => self.retire(u64::MAX, Outcome::Lost),
             Err(_) => thread::sleep(PAUSE),
@@ -263,3 +285,6 @@ impl Line {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,13 +1,15 @@
 //! The device as the object machine sees it: admission, then a plan, then an alias, an import or a mirror.
 
 use std::fmt;
-use std::sync::{Arc, mpsc};
+use std::io;
+use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use ash::vk;
 use pinfold_core::{Access, Device, DeviceError, MirrorReason, Path, Preparation, Request, Ticket};
-use pinfold_invalidate::{HostRange, page_size};
+use pinfold_invalidate::page_size;
 
 use crate::admission::admit;
 use crate::alias::{Alias, AliasCache, NoAlias};
@@ -30,6 +32,8 @@ pub struct VulkanDevice {
     aliases: Arc<AliasCache>,
     mirrors: Arc<MirrorHeap>,
     rules: Rules,
+    /// The answer that [`Device::wait_idle`] did not wait for to the end.
+    waiting: Mutex<Option<Receiver<Result<(), vk::Result>>>>,
 }
 
 /// A range whose way to the device is chosen. From [`Device::prepare`] of a [`VulkanDevice`].
@@ -68,7 +72,8 @@ impl VulkanDevice {
     /// 1. `context` is what its fields say: the handles belong together, and exactly the extensions listed (or more) were enabled.
     /// 2. The handles stay alive until this value and every [`Import`] it made are dropped.
     /// 3. The semaphore of a [`Timeline`] is a timeline semaphore of this device, and stays alive until its submit is retired.
-    /// 4. While [`Device::wait_idle`] runs (a manager's teardown calls it), no other thread uses a queue of this device.
+    /// 4. From the first call of [`Device::wait_idle`] (a manager's teardown calls it) until one has answered `Ok` or `Lost`, no thread uses a
+    ///    queue of this device, and the device is not destroyed.
     pub unsafe fn new(context: DeviceContext, config: &Config) -> Result<Self, Error> {
         let force = Force::from_env()?.or(config.force);
         // SAFETY: points 1 and 2 of the contract.
@@ -85,6 +90,7 @@ impl VulkanDevice {
             mirrors: Arc::new(MirrorHeap::new(&gpu)?),
             rules,
             gpu,
+            waiting: Mutex::new(None),
         })
     }
 
@@ -127,6 +133,20 @@ impl VulkanDevice {
             return Err(DeviceError::Fault { range: request.range, why, errno: libc::EOPNOTSUPP });
         }
         Ok(Chosen::Mirror(reason))
+    }
+
+    /// Waits for the device on a thread of its own, because the command has no time limit. The thread is left behind if the time is over; the
+    /// next wait listens to it again, because two threads must not wait for the same queues.
+    fn start_waiting(&self) -> io::Result<Receiver<Result<(), vk::Result>>> {
+        let (gpu, (done, answer)) = (Arc::clone(&self.gpu), mpsc::sync_channel(1));
+        let wait = move || {
+            // SAFETY: the device is live, and no other thread uses its queues (point 4 of the contract of `new`).
+            let idle = unsafe { gpu.device().device_wait_idle() };
+            // If nobody listens any more, the manager is gone.
+            let _ = done.send(idle);
+        };
+        thread::Builder::new().name("pinfold-idle".to_owned()).spawn(wait)?;
+        Ok(answer)
     }
 
     fn imported(&self, request: &Request<'_>, alias: Option<Arc<Alias>>) -> Result<Import, NotImported> {
@@ -219,29 +239,21 @@ impl Device for VulkanDevice {
     }
 
     fn wait_idle(&self, limit: Duration) -> Result<(), DeviceError> {
-        // The command has no time limit, so it gets a thread of its own, which is left behind if the time is over.
-        let (gpu, (done, answer)) = (Arc::clone(&self.gpu), mpsc::sync_channel(1));
-        let wait = move || {
-            // SAFETY: the device is live, and no other thread uses its queues (point 4 of the contract of `new`).
-            let idle = unsafe { gpu.device().device_wait_idle() };
-            // Nobody listens any more if the time was over.
-            let _ = done.send(idle);
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let answer = match waiting.take() {
+            Some(answer) => answer,
+            None => self.start_waiting().map_err(|_| DeviceError::StillBusy(limit))?,
         };
-        let failed = |call, code: String| {
-            let range = HostRange::new(0, page_size()).expect("page 0 is a range");
-            Err(DeviceError::Failed { call, range, code, raw: vk::Result::TIMEOUT.as_raw() })
+        let Ok(idle) = answer.recv_timeout(limit) else {
+            *waiting = Some(answer);
+            return Err(DeviceError::StillBusy(limit));
         };
-        if let Err(error) = thread::Builder::new().name("pinfold-idle".to_owned()).spawn(wait) {
-            return failed("starting a thread for vkDeviceWaitIdle", error.to_string());
-        }
-        match answer.recv_timeout(limit) {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(code)) => Err(self.gpu.failed(
-                "vkDeviceWaitIdle",
-                HostRange::new(0, page_size()).expect("page 0 is a range"),
-                code,
-            )),
-            Err(_) => failed("vkDeviceWaitIdle", format!("the device was still busy after {limit:?}")),
-        }
+        // A wait that failed for want of memory says nothing about the device.
+        idle.map_err(|code| self.gpu.saw(code)).or_else(|code| match code {
+            vk::Result::ERROR_DEVICE_LOST => Ok(()),
+            _ => Err(DeviceError::StillBusy(limit)),
+        })?;
+        self.completion.finish();
+        self.gpu.check_alive()
     }
 }

@@ -1,5 +1,12 @@
 //! Host memory the program already has becomes Vulkan buffers, without a copy.
 
+// Driver tests inside and outside the crate share one fixture, which names the crate from outside.
+#[cfg(test)]
+extern crate self as pinfold_vulkan;
+#[cfg(test)]
+#[path = "../tests/fixture/mod.rs"]
+mod fixture;
+
 mod admission;
 mod alias;
 mod budget;

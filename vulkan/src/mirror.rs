@@ -286,8 +286,12 @@ mod tests {
             let start = NonNull::new(to.as_mut_ptr()).unwrap();
             // SAFETY: `to` has room, and no reference to it is used meanwhile.
             assert_eq!(unsafe { copy_by(read, start, from.as_ptr().addr(), len) }, Err(Errno::EFAULT));
-            // SAFETY: the rest of the mapping above.
-            unsafe { munmap(from, len) }.unwrap();
+            // The hole may be another thread's memory by now.
+            let behind = NonNull::new(from.as_ptr().wrapping_byte_add(3 * page_size())).unwrap();
+            for (part, pages) in [(from, 2), (behind, 1)] {
+                // SAFETY: what is left of the mapping above.
+                unsafe { munmap(part, pages * page_size()) }.unwrap();
+            }
         });
     }
 }

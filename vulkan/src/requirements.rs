@@ -141,7 +141,6 @@ pub struct Features {
 
 impl Features {
     /// `info` with the features in its chain.
-    #[must_use]
     pub fn push<'a>(&'a mut self, info: vk::DeviceCreateInfo<'a>) -> vk::DeviceCreateInfo<'a> {
         let info = info.push_next(&mut self.timeline);
         match &mut self.address {

@@ -1,0 +1,218 @@
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::ThreadId;
+
+use super::*;
+use crate::fixture::{Fixture, GENEROUS};
+use crate::gpu::Gpu;
+
+thread_local! {
+    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+}
+
+/// Counts allocations and frees of each thread.
+struct Counting;
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+fn count() {
+    ALLOCATIONS.set(ALLOCATIONS.get() + 1);
+}
+
+// SAFETY: everything is passed on to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count();
+        // SAFETY: the caller's contract is the same.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        count();
+        // SAFETY: the caller's contract is the same.
+        unsafe { System.dealloc(at, layout) }
+    }
+}
+
+/// What a ticket tells when it is retired.
+#[derive(Debug)]
+struct Told {
+    tag: u64,
+    outcome: Outcome,
+    thread: ThreadId,
+    allocations: u64,
+}
+
+struct Probe {
+    tag: u64,
+    tell: SyncSender<Told>,
+}
+
+impl Retire for Probe {
+    fn retire(self, outcome: Outcome) {
+        let (thread, allocations) = (thread::current().id(), ALLOCATIONS.get());
+        self.tell.send(Told { tag: self.tag, outcome, thread, allocations }).unwrap();
+    }
+}
+
+struct Setup {
+    completion: Completion<Probe>,
+    tell: SyncSender<Told>,
+    told: Receiver<Told>,
+    // Dropped last.
+    fixture: Fixture,
+}
+
+impl Setup {
+    fn new() -> Option<Self> {
+        let fixture = Fixture::new()?;
+        // SAFETY: the fixture outlives it, and its handles belong together.
+        let gpu = Arc::new(unsafe { Gpu::new(fixture.context(), None) }.unwrap());
+        let (tell, told) = sync_channel(1000);
+        Some(Self { completion: Completion::new(&gpu), tell, told, fixture })
+    }
+
+    fn follow(&self, semaphore: vk::Semaphore, value: u64, tag: u64) {
+        self.completion.follow(Timeline { semaphore, value }, Probe { tag, tell: self.tell.clone() });
+    }
+
+    fn next(&self) -> Told {
+        self.told.recv_timeout(GENEROUS).expect("a ticket is retired")
+    }
+}
+
+#[test]
+fn tickets_are_retired_in_the_order_of_their_values_each_when_its_own_is_reached() {
+    let Some(setup) = Setup::new() else { return };
+    let semaphore = setup.fixture.timeline();
+    // More tickets than there is room for at first, the later values first.
+    let count = 3 * ROOM as u64;
+    for value in (1..=count).rev() {
+        setup.follow(semaphore, 2 * value, value);
+    }
+    for value in 1..=count {
+        setup.fixture.signal(semaphore, 2 * value - 1);
+        assert!(setup.told.try_recv().is_err(), "value {} is not reached", 2 * value);
+        setup.fixture.signal(semaphore, 2 * value);
+        let told = setup.next();
+        assert_eq!((told.tag, told.outcome), (value, Outcome::Done));
+    }
+    setup.fixture.destroy_semaphore(semaphore);
+}
+
+#[test]
+fn a_lower_value_that_comes_later_does_not_wait_for_the_higher_one() {
+    let Some(setup) = Setup::new() else { return };
+    let semaphore = setup.fixture.timeline();
+    setup.follow(semaphore, 10, 10);
+    // The line is now in, or about to enter, a wait for 10; it must come out for 1.
+    setup.follow(semaphore, 1, 1);
+    setup.fixture.signal(semaphore, 1);
+    assert_eq!(setup.next().tag, 1);
+    setup.fixture.signal(semaphore, 10);
+    assert_eq!(setup.next().tag, 10);
+    setup.fixture.destroy_semaphore(semaphore);
+}
+
+#[test]
+fn each_semaphore_has_its_own_thread_and_none_waits_for_another() {
+    let Some(setup) = Setup::new() else { return };
+    let semaphores: Vec<_> = (0..8).map(|_| setup.fixture.timeline()).collect();
+    for (tag, &semaphore) in semaphores.iter().enumerate() {
+        setup.follow(semaphore, 1, tag as u64);
+    }
+    let mut threads = Vec::new();
+    for (tag, &semaphore) in semaphores.iter().enumerate().rev() {
+        setup.fixture.signal(semaphore, 1);
+        let told = setup.next();
+        assert_eq!(told.tag, tag as u64);
+        assert!(!threads.contains(&told.thread));
+        threads.push(told.thread);
+    }
+    for semaphore in semaphores {
+        setup.fixture.destroy_semaphore(semaphore);
+    }
+}
+
+#[test]
+fn a_line_that_ended_is_replaced_when_its_semaphore_is_used_again() {
+    let Some(setup) = Setup::new() else { return };
+    let semaphore = setup.fixture.timeline();
+    setup.follow(semaphore, 1, 1);
+    setup.fixture.signal(semaphore, 1);
+    let first = setup.next().thread;
+    // It ends after a while without work; nothing else removes it.
+    let deadline = std::time::Instant::now() + GENEROUS;
+    while !setup.completion.0.by_semaphore().is_empty() {
+        assert!(std::time::Instant::now() < deadline, "an idle line ends");
+        thread::yield_now();
+    }
+    setup.follow(semaphore, 2, 2);
+    setup.fixture.signal(semaphore, 2);
+    let told = setup.next();
+    assert_eq!((told.tag, told.outcome), (2, Outcome::Done));
+    assert_ne!(told.thread, first);
+    setup.fixture.destroy_semaphore(semaphore);
+}
+
+#[test]
+fn tickets_that_are_pending_at_the_end_are_retired_as_lost() {
+    let Some(setup) = Setup::new() else { return };
+    let semaphore = setup.fixture.timeline();
+    setup.follow(semaphore, 1, 1);
+    setup.follow(semaphore, 2, 2);
+    let Setup { completion, told, fixture, .. } = setup;
+    drop(completion);
+    // The threads are joined: what they had to say is said.
+    let outcomes: Vec<_> = told.try_iter().map(|told| (told.tag, told.outcome)).collect();
+    assert_eq!(outcomes, [(1, Outcome::Lost), (2, Outcome::Lost)]);
+    fixture.destroy_semaphore(semaphore);
+}
+
+#[test]
+fn nothing_is_allocated_or_freed_on_the_way_to_retire() {
+    let Some(setup) = Setup::new() else { return };
+    let semaphore = setup.fixture.timeline();
+    let count = 60;
+    let mut allocations = None;
+    for value in 1..=count {
+        if value == count / 2 {
+            // More than there is room for, while the line works.
+            (0..3 * ROOM as u64).for_each(|more| setup.follow(semaphore, count + 1, count + more));
+        }
+        setup.follow(semaphore, value, value);
+        setup.fixture.signal(semaphore, value);
+        let told = setup.next();
+        assert_eq!(told.tag, value);
+        // The first retire warms up the channel of the test itself.
+        let before = allocations.replace(told.allocations).filter(|_| value > 2);
+        assert!(
+            before.is_none_or(|before| before == told.allocations),
+            "at value {value}: {before:?} -> {}",
+            told.allocations
+        );
+    }
+    setup.fixture.signal(semaphore, count + 1);
+    while !matches!(setup.completion.0.by_semaphore().get(&semaphore), Some((line, _)) if line.queue().pending.is_empty())
+    {
+        setup.next();
+    }
+    setup.fixture.destroy_semaphore(semaphore);
+}
+
+#[test]
+fn the_way_out_without_a_thread_waits_in_place() {
+    let Some(setup) = Setup::new() else { return };
+    let semaphore = setup.fixture.timeline();
+    let waiting = Waiting { value: 1, ticket: Probe { tag: 1, tell: setup.tell.clone() } };
+    thread::scope(|scope| {
+        let here = scope.spawn(|| setup.completion.wait_here(semaphore, waiting));
+        assert!(!here.is_finished());
+        setup.fixture.signal(semaphore, 1);
+        here.join().unwrap();
+    });
+    assert_eq!(setup.next().outcome, Outcome::Done);
+    setup.fixture.destroy_semaphore(semaphore);
+}
