@@ -173,9 +173,9 @@ impl<D: Device> Object<D> {
             populate(self.range, self.access, &after)?; // what the mutator has dropped meanwhile, too
         }
         let bytes = self.range.len() as u64;
-        self.engine.check_budget(self.range)?;
+        self.engine.reserve_budget(self.range)?;
         let request = self.request(&after, true);
-        let import = self.engine.device().import(&request, prepared)?;
+        let import = self.engine.device().import(&request, prepared).inspect_err(|_| self.engine.pins.sub(bytes))?;
         let pin = Pin::new(import, noted.generation, bytes, Arc::clone(&self.engine));
         let path = pin.path;
         {
@@ -192,7 +192,7 @@ impl<D: Device> Object<D> {
             self.unpin();
             return Ok(Attempt::Moved);
         }
-        self.engine.note(self, What::Acquired(path));
+        self.engine.note(self, What::Acquired(path, noted.generation));
         if unproven {
             self.look_again(noted);
         }

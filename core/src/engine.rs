@@ -61,6 +61,16 @@ impl Level {
         self.count.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Adds unless the bytes would exceed `most`; `Err` has what is left.
+    pub(crate) fn try_add(&self, bytes: u64, most: u64) -> Result<(), u64> {
+        let fits = |now: u64| now.checked_add(bytes).filter(|&sum| sum <= most);
+        match self.bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits) {
+            Ok(_) => _ = self.count.fetch_add(1, Ordering::Relaxed),
+            Err(now) => return Err(most.saturating_sub(now)),
+        }
+        Ok(())
+    }
+
     pub(crate) fn sub(&self, bytes: u64) {
         self.bytes.fetch_sub(bytes, Ordering::Relaxed);
         // Release: pairs with the Acquire in `wait_none`; who sees nothing left sees what the last one did.
@@ -130,13 +140,12 @@ impl<D: Device> Engine<D> {
         2 * self.space.deadline()
     }
 
-    pub(crate) fn check_budget(&self, range: HostRange) -> Result<(), Error> {
-        let (needed, taken) = (range.len() as u64, self.pins.bytes());
-        let available = self.config.budget.saturating_sub(taken);
-        if needed > available {
-            return Err(Error::Budget { range, what: "the configured budget for pinned memory", needed, available });
-        }
-        Ok(())
+    /// Counts an import of the range before it is made, so that acquisitions side by side don't exceed the budget together.
+    pub(crate) fn reserve_budget(&self, range: HostRange) -> Result<(), Error> {
+        let needed = range.len() as u64;
+        let what = "the configured budget for imported memory";
+        let over = |available| Error::Budget { range, what, needed, available };
+        self.pins.try_add(needed, self.config.budget).map_err(over)
     }
 
     /// Runs `work` on a worker, after earlier work with the same key. `work` is told whether it was cancelled instead, and is called in any case.

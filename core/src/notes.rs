@@ -8,14 +8,14 @@ use crate::engine::Engine;
 use crate::object::Object;
 use crate::state::State;
 use crate::watch::{Label, NoteCause, NotePath, NoteState, UserptrEvent, UserptrNote};
-use crate::{Access, Device, Path};
+use crate::{Access, Device, Generation, Path};
 
 /// What happened, apart from changes of the memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum What {
     Registered,
     Queued,
-    Acquired(Path),
+    Acquired(Path, Generation),
     Faulted(i32),
     Closed,
 }
@@ -30,7 +30,11 @@ impl<D: Device> Engine<D> {
         (note.event, note.path, note.errno) = match what {
             What::Registered => (UserptrEvent::Registered, NotePath::None, 0),
             What::Queued => (UserptrEvent::Queued, NotePath::None, 0),
-            What::Acquired(path) => (UserptrEvent::Acquired, path_code(path), 0),
+            What::Acquired(path, generation) => {
+                // As it was published: the monitor may have taken it back since.
+                (note.generation, note.state) = (generation.0, NoteState::Valid);
+                (UserptrEvent::Acquired, path_code(path), 0)
+            }
             What::Faulted(errno) => (UserptrEvent::Faulted, NotePath::None, errno),
             What::Closed => (UserptrEvent::Closed, NotePath::None, 0),
         };

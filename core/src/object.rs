@@ -160,10 +160,10 @@ impl<D: Device> Target for Object<D> {
 }
 
 impl<D: Device> Pin<D> {
+    /// `bytes` have been counted in `engine.pins` already, and are taken off when the import is released.
     pub(crate) fn new(import: D::Import, generation: Generation, bytes: u64, engine: Arc<Engine<D>>) -> Self {
         engine.counters.imports.fetch_add(1, Ordering::Relaxed);
         let path = engine.device().path(&import);
-        engine.pins.add(bytes);
         Self { import: Some(import), generation, path, bytes, engine }
     }
 

@@ -73,6 +73,8 @@ mod bell;
 mod filter;
 mod limit;
 mod list;
+#[cfg(all(test, loom))]
+mod models;
 mod note;
 mod queue;
 mod record;

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
-use std::sync::atomic::{AtomicU64, AtomicUsize};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ use super::record::{MAX_RECORD_LEN, Record, TYPE_META};
 use super::ring::{Push, Ring, Slots};
 use super::signal::Signal;
 use super::snapshot::Snapshot;
-use super::sync::atomic::Ordering;
+use super::sync::atomic::{AtomicUsize, Ordering};
 use super::sync::{Mutex, lock};
 
 /// Slots come in groups of this many: a page of 128-byte slots in the kernel, whatever the page size is here.
