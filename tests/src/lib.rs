@@ -1,1 +1,19 @@
-//! t
+//! What the tests of this workspace stand on: real memory of every kind, a real Vulkan device that tolerates no message,
+//! a device in software that pins real pages, child processes that may crash, and an allocator that guards the event path.
+//!
+//! A test that needs what the machine lacks says so with [`skip!`] and returns; `scripts/test` collects these lines.
+//! Nothing here sleeps: what must be waited for is waited for as an event, at most [`PATIENCE`].
+
+use std::time::Duration;
+
+pub mod dma;
+pub mod fake;
+pub mod fence;
+pub mod fire_door;
+pub mod leaks;
+pub mod memory;
+pub mod process;
+mod skip;
+
+/// How long a test waits for what must happen. Only a failing test ever waits that long, so it is generous.
+pub const PATIENCE: Duration = Duration::from_secs(60);

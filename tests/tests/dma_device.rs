@@ -1,0 +1,173 @@
+//! The device in software is a fair stand-in: it pins, moves bytes through the pin, keeps an old page when the program gets a new one, and
+//! refuses what can't be pinned.
+
+use pinfold_core::{DeviceError, Outcome};
+use pinfold_invalidate::page_size;
+use pinfold_tests::dma::DmaDevice;
+use pinfold_tests::leaks::{Holdings, pinned};
+use pinfold_tests::memory::{Backing, Region};
+use pinfold_tests::process::isolated;
+use pinfold_tests::{PATIENCE, skip};
+
+/// The device, or a skipped test.
+macro_rules! device {
+    () => {
+        match DmaDevice::new() {
+            Ok(device) => device,
+            Err(e) => skip!("no io_uring here: {e}"),
+        }
+    };
+}
+
+const PINNABLE: [Backing; 6] = [
+    Backing::Anonymous,
+    Backing::AnonymousHuge,
+    Backing::AnonymousShared,
+    Backing::Memfd,
+    Backing::MemfdPrivate,
+    Backing::FilePrivate,
+];
+
+#[test]
+fn bytes_go_both_ways_through_the_pin() {
+    let device = device!();
+    for backing in PINNABLE {
+        let region = Region::new(backing, 8).expect("mapped");
+        let import = device.pin(region.part(2..6)).expect("pinnable");
+        let job = device.read_job(&import, 10, 3 * page_size()).expect("made");
+        job.start();
+        let expected = region.read(2 * page_size() + 10, 3 * page_size()).expect("mapped");
+        assert_eq!(job.finish().expect("pinned"), expected, "{backing:?}");
+        let job = device.write_job(&import, page_size(), b"from the device").expect("made");
+        job.start();
+        job.finish().expect("pinned");
+        assert_eq!(region.read(3 * page_size(), 15).expect("mapped"), b"from the device", "{backing:?}");
+    }
+}
+
+#[test]
+fn a_pin_that_has_become_stale_shows() {
+    let device = device!();
+    let region = Region::new(Backing::Anonymous, 1).expect("mapped");
+    let import = device.pin(region.range()).expect("pinnable");
+    region.advise(0..1, libc::MADV_DONTNEED).expect("advised");
+    region.fill(0..1, 0xee).expect("writable");
+    let job = device.read_job(&import, 0, page_size()).expect("made");
+    job.start();
+    assert_eq!(job.finish().expect("pinned"), region.original(0..1), "the device sees the page it took");
+    let job = device.write_job(&import, 0, &[0x11]).expect("made");
+    job.start();
+    job.finish().expect("pinned");
+    assert_eq!(region.read(0, 1).expect("mapped"), [0xee], "and the program the one it has now");
+}
+
+#[test]
+fn a_pin_outlives_the_mapping() {
+    let device = device!();
+    for backing in PINNABLE {
+        let region = Region::new(backing, 2).expect("mapped");
+        let import = device.pin(region.range()).expect("pinnable");
+        let job = device.read_job(&import, 0, 2 * page_size()).expect("made").hold();
+        job.start();
+        region.unmap_all().expect("unmapped");
+        assert_eq!(job.finish().expect("pinned"), region.original(0..2), "{backing:?}");
+    }
+}
+
+#[test]
+fn a_holding_job_is_in_flight_until_it_is_opened() {
+    let device = device!();
+    let region = Region::new(Backing::Anonymous, 1).expect("mapped");
+    let import = device.pin(region.range()).expect("pinnable");
+    let held = device.write_job(&import, 0, b"late").expect("made").hold();
+    held.start();
+    // A job that was started later and is over shows that the engine has seen the first one.
+    let quick = device.read_job(&import, 0, 4).expect("made");
+    quick.start();
+    assert_eq!(quick.finish().expect("pinned"), [1; 4]);
+    assert_eq!(held.fence().outcome(), None);
+    assert_eq!(region.read(0, 4).expect("mapped"), [1; 4]);
+    held.finish().expect("pinned");
+    assert_eq!(held.fence().outcome(), Some(Outcome::Done));
+    assert_eq!(region.read(0, 4).expect("mapped"), b"late");
+}
+
+#[test]
+fn a_job_whose_import_was_released_says_so() {
+    let device = device!();
+    let region = Region::new(Backing::Anonymous, 1).expect("mapped");
+    let import = device.pin(region.range()).expect("pinnable");
+    let job = device.read_job(&import, 0, 4).expect("made").hold();
+    job.start();
+    drop(import);
+    assert_eq!(job.finish().expect_err("released").raw_os_error(), Some(libc::EFAULT));
+}
+
+#[test]
+fn what_can_not_be_pinned_is_a_fault_with_the_kernels_errno() {
+    let device = device!();
+    for backing in
+        [Backing::FileReadOnly, Backing::FileSharedReadOnly, Backing::MemfdSealedReadOnly, Backing::FileShared]
+    {
+        let region = Region::new(backing, 1).expect("mapped");
+        let error = device.pin(region.range()).expect_err("not pinnable");
+        assert!(matches!(error, DeviceError::Fault { range, .. } if range == region.range()), "{backing:?}: {error}");
+        assert!([libc::EFAULT, libc::EOPNOTSUPP].contains(&error.errno()), "{backing:?}: {error}");
+    }
+    let region = Region::new(Backing::Anonymous, 3).expect("mapped");
+    region.unmap(1..2).expect("unmapped");
+    assert_eq!(device.pin(region.range()).expect_err("a hole").errno(), libc::EFAULT);
+    assert_eq!(device.live_imports(), 0);
+}
+
+#[test]
+fn pins_are_counted_by_the_kernel_and_given_back() {
+    let ending = isolated(|| {
+        let device = device!();
+        let before = Holdings::now();
+        let region = Region::new(Backing::Anonymous, 64).expect("mapped");
+        let imports: Vec<_> = (0..8).map(|i| device.pin(region.part(i * 8..i * 8 + 8)).expect("pinnable")).collect();
+        assert_eq!(device.live_imports(), 8);
+        assert_eq!(pinned() - before.pinned, 64 * page_size() as u64);
+        drop((imports, region));
+        assert_eq!(device.live_imports(), 0);
+        assert_eq!(Holdings::now().pinned, before.pinned);
+    });
+    ending.expect_return();
+}
+
+#[test]
+fn more_than_the_limit_of_locked_memory_is_a_budget_error() {
+    let ending = isolated(|| {
+        let limit = nix::sys::resource::Resource::RLIMIT_MEMLOCK;
+        if nix::unistd::geteuid().is_root() {
+            skip!("root is exempt from RLIMIT_MEMLOCK");
+        }
+        nix::sys::resource::setrlimit(limit, 16 * page_size() as u64, 16 * page_size() as u64).expect("lowered");
+        let device = device!();
+        let region = Region::new(Backing::Anonymous, 64).expect("mapped");
+        let error = device.pin(region.range()).expect_err("too much");
+        assert!(matches!(error, DeviceError::Budget { .. }), "{error}");
+    });
+    ending.expect_return();
+}
+
+#[test]
+fn dropping_the_device_cancels_what_has_not_begun_and_leaves_nothing() {
+    let ending = isolated(|| {
+        let before = Holdings::now();
+        let region = Region::new(Backing::Anonymous, 1).expect("mapped");
+        let device = device!();
+        let import = device.pin(region.range()).expect("pinnable");
+        let jobs: Vec<_> = (0..400).map(|_| device.write_job(&import, 0, &[9]).expect("made").hold()).collect();
+        jobs.iter().for_each(pinfold_tests::dma::Job::start);
+        drop(device);
+        for job in &jobs {
+            assert_eq!(job.fence().wait(PATIENCE), Some(Outcome::Lost));
+        }
+        assert_eq!(region.read(0, 1).expect("mapped"), [1]);
+        drop((jobs, import, region));
+        assert_eq!(Holdings::now().descriptors, before.descriptors);
+    });
+    ending.expect_return();
+}
