@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use ash::vk;
 
-use crate::Error;
+use crate::SetupError;
 
 /// The device that imports go to. The handles stay the program's: nothing here is destroyed by Pinfold.
 #[derive(Clone)]
@@ -42,15 +42,32 @@ impl fmt::Debug for DeviceContext {
 pub struct Config {
     /// The path that every range takes, whatever the device says. `PINFOLD_FORCE` in the environment wins over this.
     pub force: Option<Force>,
-    /// The longest time a thread that unmaps is kept waiting for the device.
+    /// As in [`pinfold_core::Config::deadline`].
     pub deadline: Duration,
-    /// The most bytes that imports and mirrors of this manager may have together. `None`: what the device has.
-    pub budget: Option<u64>,
+    /// As in [`pinfold_core::Config::budget`].
+    pub budget: u64,
+    /// As in [`pinfold_core::Config::inline_limit`].
+    pub inline_limit: usize,
+    /// As in [`pinfold_core::Config::close_limit`].
+    pub close_limit: Duration,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { force: None, deadline: Duration::from_millis(100), budget: None }
+        let pinfold_core::Config { deadline, budget, inline_limit, close_limit, .. } = pinfold_core::Config::default();
+        Self { force: None, deadline, budget, inline_limit, close_limit }
+    }
+}
+
+impl Config {
+    /// The part that isn't about Vulkan.
+    pub(crate) fn objects(&self) -> pinfold_core::Config {
+        let mut objects = pinfold_core::Config::default();
+        objects.deadline = self.deadline;
+        objects.budget = self.budget;
+        objects.inline_limit = self.inline_limit;
+        objects.close_limit = self.close_limit;
+        objects
     }
 }
 
@@ -70,18 +87,18 @@ impl Force {
     /// What `PINFOLD_FORCE` says; `None` if it is unset or empty.
     ///
     /// # Errors
-    /// [`Error::BadForce`] for any other value than `mirror`, `import` and `alias`.
-    pub fn from_env() -> Result<Option<Self>, Error> {
+    /// [`SetupError::BadForce`] for any other value than `mirror`, `import` and `alias`.
+    pub fn from_env() -> Result<Option<Self>, SetupError> {
         env::var_os("PINFOLD_FORCE").map_or(Ok(None), |value| Self::parse(&value.to_string_lossy()))
     }
 
-    fn parse(value: &str) -> Result<Option<Self>, Error> {
+    fn parse(value: &str) -> Result<Option<Self>, SetupError> {
         match value {
             "" => Ok(None),
             "mirror" => Ok(Some(Self::Mirror)),
             "import" => Ok(Some(Self::Import)),
             "alias" => Ok(Some(Self::Alias)),
-            other => Err(Error::BadForce { value: other.to_owned() }),
+            other => Err(SetupError::BadForce { value: other.to_owned() }),
         }
     }
 }

@@ -19,11 +19,11 @@ use crate::import::{Import, NotImported, Store, import, imported, usage};
 use crate::mirror::{MirrorHeap, mirror, refresh};
 use crate::path::{MappingKind, Plan, Rules, decide};
 use crate::probe::{Trial, TrialResult, Trials};
-use crate::{Capabilities, Config, DeviceContext, Error, Force, Support};
+use crate::{Capabilities, Config, DeviceContext, Force, SetupError, Support};
 
 /// One Vulkan device that host memory can be given to.
 ///
-/// Programs use a `Manager`, which has one; by itself it is the engine under that.
+/// Programs use a [`Manager`](crate::Manager), which has one.
 pub struct VulkanDevice {
     // Dropped first: its threads use the device.
     completion: Completion,
@@ -66,7 +66,7 @@ impl VulkanDevice {
     /// Takes a device into use.
     ///
     /// # Errors
-    /// [`Error::BadForce`], [`Error::NotEnabled`], [`Error::Allocator`].
+    /// [`SetupError::BadForce`], [`SetupError::NotEnabled`], [`SetupError::Allocator`].
     ///
     /// # Safety
     /// 1. `context` is what its fields say: the handles belong together, and exactly the extensions listed (or more) were enabled.
@@ -74,10 +74,10 @@ impl VulkanDevice {
     /// 3. The semaphore of a [`Timeline`] is a timeline semaphore of this device, and stays alive until its submit is retired.
     /// 4. From the first call of [`Device::wait_idle`] (a manager's teardown calls it) until one has answered `Ok` or `Lost`, no thread uses a
     ///    queue of this device, and the device is not destroyed.
-    pub unsafe fn new(context: DeviceContext, config: &Config) -> Result<Self, Error> {
+    pub unsafe fn new(context: DeviceContext, config: &Config) -> Result<Self, SetupError> {
         let force = Force::from_env()?.or(config.force);
         // SAFETY: points 1 and 2 of the contract.
-        let gpu = Arc::new(unsafe { Gpu::new(context, config.budget) }?);
+        let gpu = Arc::new(unsafe { Gpu::new(context) }?);
         let rules = Rules {
             force,
             imports: gpu.caps.import == Support::Usable,
@@ -255,5 +255,9 @@ impl Device for VulkanDevice {
         })?;
         self.completion.finish();
         self.gpu.check_alive()
+    }
+
+    fn shut_down(&self) {
+        self.completion.finish();
     }
 }

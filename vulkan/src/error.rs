@@ -3,10 +3,10 @@ use thiserror::Error;
 
 /// Why there is no manager, or no device to make one for.
 ///
-/// What goes wrong with one range later is a [`DeviceError`](pinfold_core::DeviceError) instead.
+/// What goes wrong with one range later is an [`Error`](crate::Error) instead.
 #[derive(Debug, Error)]
 #[non_exhaustive]
-pub enum Error {
+pub enum SetupError {
     /// The physical device is none of the instance's.
     #[error("the physical device is none of this instance's; pass the two that belong together")]
     ForeignPhysicalDevice,
@@ -43,4 +43,7 @@ pub enum Error {
     /// The allocator that mirrors get their memory from can't be made.
     #[error("can't make the allocator for mirrors: {0}")]
     Allocator(#[source] gpu_allocator::AllocationError),
+    /// What a manager needs besides the device can't be had: threads, descriptors, the tracking of the address space.
+    #[error(transparent)]
+    Manager(#[from] pinfold_core::Error),
 }

@@ -9,8 +9,8 @@ use ash::{ext, khr, vk};
 use pinfold_core::DeviceError;
 use pinfold_invalidate::HostRange;
 
-use crate::budget::{Budget, Share};
-use crate::{Capabilities, DeviceContext, Error};
+use crate::budget::{Allocations, Share};
+use crate::{Capabilities, DeviceContext, SetupError};
 
 /// Commands and facts of one device.
 ///
@@ -21,7 +21,7 @@ pub(crate) struct Gpu {
     pub(crate) context: DeviceContext,
     pub(crate) caps: Capabilities,
     pub(crate) memory: vk::PhysicalDeviceMemoryProperties,
-    pub(crate) budget: Budget,
+    pub(crate) allocations: Allocations,
     pub(crate) host_memory: Option<ext::external_memory_host::Device>,
     wait_semaphores: vk::PFN_vkWaitSemaphores,
     names: Option<ext::debug_utils::Device>,
@@ -31,12 +31,12 @@ pub(crate) struct Gpu {
 
 impl Gpu {
     /// # Errors
-    /// [`Error::NotEnabled`] if the device was made without something it needs.
+    /// [`SetupError::NotEnabled`] if the device was made without something it needs.
     ///
     /// # Safety
     /// The handles in `context` are live, belong together, and stay so for as long as the value lives; `extensions` are the ones that were
     /// enabled.
-    pub(crate) unsafe fn new(context: DeviceContext, budget: Option<u64>) -> Result<Self, Error> {
+    pub(crate) unsafe fn new(context: DeviceContext) -> Result<Self, SetupError> {
         // SAFETY: the contract of this function is the one asked for.
         let caps = unsafe { Capabilities::read(&context) };
         let enabled = |name| context.extensions.contains(&name);
@@ -68,8 +68,17 @@ impl Gpu {
         };
         // SAFETY: live handles that belong together (contract).
         let memory = unsafe { instance.get_physical_device_memory_properties(context.physical) };
-        let budget = Budget::new(budget, caps.max_allocations);
-        Ok(Self { context, caps, memory, budget, host_memory, wait_semaphores, names, lost: AtomicBool::new(false) })
+        let allocations = Allocations::new(caps.max_allocations);
+        Ok(Self {
+            context,
+            caps,
+            memory,
+            allocations,
+            host_memory,
+            wait_semaphores,
+            names,
+            lost: AtomicBool::new(false),
+        })
     }
 
     pub(crate) fn device(&self) -> &ash::Device {
@@ -149,11 +158,11 @@ impl Gpu {
 ///
 /// # Safety
 /// The handles in `context` are live.
-unsafe fn present(context: &DeviceContext, command: &'static CStr, needed: &'static str) -> Result<(), Error> {
+unsafe fn present(context: &DeviceContext, command: &'static CStr, needed: &'static str) -> Result<(), SetupError> {
     // SAFETY: both handles are live (contract), and the name is a C string.
     let found = unsafe { context.instance.get_device_proc_addr(context.device.handle(), command.as_ptr()) };
     let command = command.to_str().expect("names of commands are ASCII");
-    found.map(|_| ()).ok_or(Error::NotEnabled { command, needed })
+    found.map(|_| ()).ok_or(SetupError::NotEnabled { command, needed })
 }
 
 /// A buffer of ours, destroyed when dropped.

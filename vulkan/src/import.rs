@@ -262,7 +262,7 @@ fn import_piece(
     };
 
     let heap = gpu.memory.memory_types[kind as usize].heap_index;
-    let share = Share::of_allocation(gpu, request.range, heap, memory_size).map_err(NotImported::Stop)?;
+    let share = Share::take(gpu, request.range, heap, memory_size).map_err(NotImported::Stop)?;
     let mut host = vk::ImportMemoryHostPointerInfoEXT::default().handle_type(EXTERNAL).host_pointer(pointer);
     let mut flags = vk::MemoryAllocateFlagsInfo::default().flags(vk::MemoryAllocateFlags::DEVICE_ADDRESS);
     let mut info =

@@ -20,8 +20,8 @@ use nix::errno::Errno;
 use pinfold_core::{DeviceError, Path, Request};
 use pinfold_invalidate::{HostRange, page_size};
 
-use crate::Error;
-use crate::budget::Share;
+use crate::SetupError;
+use crate::budget::check_heap;
 use crate::gpu::{Gpu, OwnedBuffer};
 use crate::import::{Import, Store};
 
@@ -37,7 +37,7 @@ pub(crate) struct MirrorHeap {
 }
 
 impl MirrorHeap {
-    pub(crate) fn new(gpu: &Arc<Gpu>) -> Result<Self, Error> {
+    pub(crate) fn new(gpu: &Arc<Gpu>) -> Result<Self, SetupError> {
         let context = &gpu.context;
         let allocator = Allocator::new(&AllocatorCreateDesc {
             instance: context.instance.clone(),
@@ -49,7 +49,7 @@ impl MirrorHeap {
                 .with_max_device_memblock_size(LARGEST_BLOCK)
                 .with_max_host_memblock_size(LARGEST_BLOCK),
         });
-        Ok(Self { gpu: Arc::clone(gpu), allocator: Mutex::new(allocator.map_err(Error::Allocator)?) })
+        Ok(Self { gpu: Arc::clone(gpu), allocator: Mutex::new(allocator.map_err(SetupError::Allocator)?) })
     }
 
     fn allocator(&self) -> MutexGuard<'_, Allocator> {
@@ -70,7 +70,6 @@ struct Block {
     /// `None` only while it is dropped.
     allocation: Option<Allocation>,
     mapped: NonNull<u8>,
-    _share: Share,
 }
 
 // SAFETY: `mapped` points to memory that `allocation` owns and that any thread may write through the kernel; nobody makes references to it.
@@ -119,7 +118,7 @@ fn piece(
     let buffer =
         OwnedBuffer::new(gpu, &info, request.label).map_err(|code| gpu.failed("vkCreateBuffer", range, code))?;
     let requirements = buffer.requirements();
-    let share = Share::of_bytes(gpu, range, host_heap(&gpu.memory), requirements.size)?;
+    check_heap(gpu, range, host_heap(&gpu.memory), requirements.size)?;
     let allocation = heap.allocator().allocate(&AllocationCreateDesc {
         name: request.label,
         requirements,
@@ -131,7 +130,7 @@ fn piece(
     let mapped = allocation.mapped_ptr().expect("CpuToGpu memory is mapped").cast();
     // SAFETY: the allocation lives as long as `block`, which keeps its memory where it is.
     let (memory, offset) = (unsafe { allocation.memory() }, allocation.offset());
-    let block = Block { heap: Arc::clone(heap), allocation: Some(allocation), mapped, _share: share };
+    let block = Block { heap: Arc::clone(heap), allocation: Some(allocation), mapped };
     // SAFETY: the buffer is new and unbound, the allocation was made for its requirements, and `block` is dropped after the buffer.
     unsafe { buffer.bind(memory, offset) }.map_err(|code| gpu.failed("vkBindBufferMemory", range, code))?;
     Ok(MirrorPiece { buffer, block, size })

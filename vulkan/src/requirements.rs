@@ -10,7 +10,7 @@ use std::ffi::{CStr, c_char};
 
 use ash::{ext, khr, vk};
 
-use crate::Error;
+use crate::SetupError;
 
 /// Extensions and features to make a device with. From [`requirements`].
 #[derive(Debug, Clone)]
@@ -25,7 +25,7 @@ pub struct Requirements {
 /// What `physical` must be made a device with. The instance must have been made for Vulkan 1.1 or later.
 ///
 /// ```no_run
-/// # fn f(instance: &ash::Instance, physical: ash::vk::PhysicalDevice, queues: &[ash::vk::DeviceQueueCreateInfo]) -> Result<(), pinfold_vulkan::Error> {
+/// # fn f(instance: &ash::Instance, physical: ash::vk::PhysicalDevice, queues: &[ash::vk::DeviceQueueCreateInfo]) -> Result<(), pinfold_vulkan::SetupError> {
 /// let wanted = pinfold_vulkan::requirements(instance, physical)?;
 /// let (names, mut features) = (wanted.extension_names(), wanted.features());
 /// let info = ash::vk::DeviceCreateInfo::default().queue_create_infos(queues).enabled_extension_names(&names);
@@ -34,13 +34,13 @@ pub struct Requirements {
 /// ```
 ///
 /// # Errors
-/// [`Error::ForeignPhysicalDevice`]; [`Error::Unsupported`] if it has no timeline semaphores; [`Error::Vulkan`] if a query fails.
-pub fn requirements(instance: &ash::Instance, physical: vk::PhysicalDevice) -> Result<Requirements, Error> {
+/// [`SetupError::ForeignPhysicalDevice`]; [`SetupError::Unsupported`] if it has no timeline semaphores; [`SetupError::Vulkan`] if a query fails.
+pub fn requirements(instance: &ash::Instance, physical: vk::PhysicalDevice) -> Result<Requirements, SetupError> {
     // SAFETY: an `ash::Instance` stands for a live instance until the owner destroys it, which is the owner's unsafe call.
     let siblings = unsafe { instance.enumerate_physical_devices() };
-    let siblings = siblings.map_err(|code| Error::Vulkan { call: "vkEnumeratePhysicalDevices", code })?;
+    let siblings = siblings.map_err(|code| SetupError::Vulkan { call: "vkEnumeratePhysicalDevices", code })?;
     if !siblings.contains(&physical) {
-        return Err(Error::ForeignPhysicalDevice);
+        return Err(SetupError::ForeignPhysicalDevice);
     }
     let listed = Listed::of(instance, physical)?;
     // SAFETY: `physical` is one of the instance's, as checked above.
@@ -62,7 +62,7 @@ pub fn requirements(instance: &ash::Instance, physical: vk::PhysicalDevice) -> R
     // SAFETY: `physical` is the instance's, and the chain holds only structures that this device knows by its version or extensions.
     unsafe { instance.get_physical_device_features2(physical, &mut features) };
     if timeline.timeline_semaphore == vk::FALSE {
-        return Err(Error::Unsupported {
+        return Err(SetupError::Unsupported {
             device,
             feature: "timeline semaphores (Vulkan 1.2 or VK_KHR_timeline_semaphore)",
         });
@@ -88,10 +88,10 @@ impl Requirements {
     /// Asks for buffer device addresses too, so that imports can be used by address.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] if the device has none.
-    pub fn with_buffer_device_address(mut self) -> Result<Self, Error> {
+    /// [`SetupError::Unsupported`] if the device has none.
+    pub fn with_buffer_device_address(mut self) -> Result<Self, SetupError> {
         if !self.address_supported {
-            return Err(Error::Unsupported { device: self.device, feature: "buffer device addresses" });
+            return Err(SetupError::Unsupported { device: self.device, feature: "buffer device addresses" });
         }
         if !self.address {
             self.extensions.extend(self.address_extension);
@@ -155,10 +155,10 @@ pub(crate) struct Listed(Vec<vk::ExtensionProperties>);
 
 impl Listed {
     /// `physical` must be one of the instance's.
-    fn of(instance: &ash::Instance, physical: vk::PhysicalDevice) -> Result<Self, Error> {
+    fn of(instance: &ash::Instance, physical: vk::PhysicalDevice) -> Result<Self, SetupError> {
         // SAFETY: `physical` is one of the instance's; the caller has made sure.
         let listed = unsafe { instance.enumerate_device_extension_properties(physical) };
-        listed.map(Self).map_err(|code| Error::Vulkan { call: "vkEnumerateDeviceExtensionProperties", code })
+        listed.map(Self).map_err(|code| SetupError::Vulkan { call: "vkEnumerateDeviceExtensionProperties", code })
     }
 
     fn has(&self, name: &CStr) -> bool {

@@ -253,26 +253,6 @@ fn forced_import_and_alias_take_that_way() {
 }
 
 #[test]
-fn the_configured_budget_bounds_imports_and_mirrors_and_comes_back() {
-    let Some(fixture) = Fixture::new() else { return };
-    for force in [None, Some(Force::Mirror)] {
-        let mut config = Config::default();
-        (config.force, config.budget) = (force, Some(3 * page_size() as u64));
-        let device = fixture.open(&config);
-        let memory = Memory::anonymous(2);
-        let first = acquire(&device, memory.range(), Access::Read).unwrap();
-        match acquire(&device, memory.range(), Access::Read) {
-            Err(DeviceError::Budget { needed, available, .. }) => {
-                assert_eq!((needed, available), (2 * page_size() as u64, page_size() as u64));
-            }
-            other => panic!("{other:?}"),
-        }
-        device.release(first);
-        acquire(&device, memory.range(), Access::Read).unwrap();
-    }
-}
-
-#[test]
 fn waiting_for_an_idle_device_ends_in_time_either_way() {
     let Some(fixture) = Fixture::new() else { return };
     let device = fixture.open(&Config::default());

@@ -69,7 +69,7 @@ impl Setup {
     fn new() -> Option<Self> {
         let fixture = Fixture::new()?;
         // SAFETY: the fixture outlives it, and its handles belong together.
-        let gpu = Arc::new(unsafe { Gpu::new(fixture.context(), None) }.unwrap());
+        let gpu = Arc::new(unsafe { Gpu::new(fixture.context()) }.unwrap());
         let (tell, told) = sync_channel(1000);
         Some(Self { completion: Completion::new(&gpu), tell, told, fixture })
     }
