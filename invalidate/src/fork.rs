@@ -101,15 +101,14 @@ pub(crate) fn install(inner: &Arc<Inner>) {
     });
 }
 
-/// Ends that, if it is still this one.
+/// Ends that, if it is still this one. When it returns, no handler uses `inner`.
 pub(crate) fn uninstall(inner: &Arc<Inner>) {
+    let this = Arc::as_ptr(inner).cast_mut();
+    if ACTIVE.load(Ordering::Relaxed) != this {
+        return; // never installed, as its making failed (under the lock), or replaced by a later space
+    }
     let _lock = lock_current();
-    let _ = ACTIVE.compare_exchange(
-        Arc::as_ptr(inner).cast_mut(),
-        std::ptr::null_mut(),
-        Ordering::Relaxed,
-        Ordering::Relaxed,
-    );
+    let _ = ACTIVE.compare_exchange(this, std::ptr::null_mut(), Ordering::Relaxed, Ordering::Relaxed);
 }
 
 fn with_active(act: impl FnOnce(&Inner)) {

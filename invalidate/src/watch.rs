@@ -110,14 +110,16 @@ impl Space {
                 Ok(shard) => {
                     ledger.watch(piece, shard);
                     watched.shards = watched.shards.union(Shards::one(shard));
-                    if let Some(reason) = reason {
+                    if let Some(reason) = reason
+                        && watched.coverage == Coverage::Watched
+                    {
                         watched.coverage = Coverage::NoHold(reason);
                     }
                 }
                 Err(Refusal::Can(error)) => return Err(error),
                 Err(Refusal::Never(reason)) => {
                     watched.shards = watched.shards.union(Shards::one(first));
-                    watched.coverage = Coverage::Manual(reason);
+                    watched.coverage = Coverage::Manual(reason); // the least there is, so it stands for the whole range
                 }
             }
         }
