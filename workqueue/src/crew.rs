@@ -28,6 +28,7 @@ use std::{
 };
 
 use crate::{
+    item::Item,
     job::{Account, Hook},
     list::List,
     slab::{NIL, Slab},
@@ -202,6 +203,9 @@ pub(crate) struct Crew {
     privileged: bool,
 }
 
+/// Condition variables for those who wait for items, shared out by slot.
+pub(crate) const SETTLED: u32 = 16;
+
 /// What is to be done once the lock is released. It has room for all that one change can cause; should it ever not,
 /// the keeper looks at everything.
 #[derive(Default)]
@@ -213,6 +217,12 @@ pub(crate) struct Effects {
     pub(crate) arrived: bool,
     /// A queue or the pool became empty.
     pub(crate) drained: bool,
+    /// Which `settled` condition variables to notify, one bit each.
+    pub(crate) settled: u32,
+    /// An item on its way into its slot, or out of it to be dropped.
+    pub(crate) item: Option<Arc<Item>>,
+    /// The item that a worker has run, to be let go of.
+    pub(crate) last: Option<Arc<Item>>,
     /// What a finished job leaves to be dropped.
     pub(crate) hook: Option<Hook>,
     now: Option<Instant>,
@@ -226,6 +236,11 @@ impl Effects {
     /// Whether somebody is to be woken or started.
     pub(crate) fn any(&self) -> bool {
         self.wake.iter().any(Option::is_some) || self.spawn.iter().any(Option::is_some)
+    }
+
+    /// Somebody who waits for the item in `slot` is to look again.
+    pub(crate) fn settle(&mut self, slot: u32) {
+        self.settled |= 1 << (slot % SETTLED);
     }
 
     /// The time, asked for once per change.
@@ -418,7 +433,7 @@ impl Crew {
         let foreign = other.workers < other.max;
         let mut heads = [None; 4];
         heads[0] = state.express.head();
-        if !(searched && heads[0].is_some()) && !surplus {
+        if !(surplus || searched && heads[0].is_some()) {
             heads[1] = state.ready.head();
             if foreign {
                 heads[2] = other.express.head();

@@ -22,7 +22,7 @@ pub(crate) fn last_handle_gone(shared: &Arc<Shared>) {
     }
     if let Some((number, ..)) = worker::current_in(shared) {
         let mut state = shared.lock();
-        state.phase = Phase::Closing;
+        state.phase = if shared.config.cancel_at_end { Phase::Cancelling } else { Phase::Closing };
         state.crew.workers[number as usize].must_end = true;
         return;
     }
@@ -31,7 +31,7 @@ pub(crate) fn last_handle_gone(shared: &Arc<Shared>) {
 
 /// Ends the pool. `me` is the worker that does it, whose own work is done; else it is a thread from outside.
 pub(crate) fn finish(shared: &Arc<Shared>, me: Option<u32>) {
-    shared.lock().phase = Phase::Closing;
+    shared.lock().phase = if shared.config.cancel_at_end { Phase::Cancelling } else { Phase::Closing };
     cancel_pending(shared, |state, slot| state.slab[slot].timer != crate::slab::NIL);
     if shared.config.cancel_at_end {
         cancel_pending(shared, |_, _| true);

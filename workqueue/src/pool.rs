@@ -6,7 +6,8 @@ use crate::{
     Error, Refused,
     crew::{AccountState, Crew, Effects, Node},
     end,
-    job::{Account, Cancelled, Job, JobHandle},
+    item::Work,
+    job::{Account, Cancelled, Context, Job, JobHandle},
     queue::{self, Flags, Queue},
     shared::{Config, Shared},
     stats::Counters,
@@ -161,6 +162,11 @@ impl Pool {
     /// [`Refused`], after the job has been called as cancelled on this thread.
     pub fn submit(&self, job: Job) -> Result<JobHandle, Refused> {
         self.shared().submit(queue::OF_THE_POOL, job)
+    }
+
+    /// An item that calls `function` each time it is run by this pool.
+    pub fn work(&self, function: impl FnMut(&Context<'_>) + Send + 'static) -> Work {
+        Work::new(self.shared(), queue::OF_THE_POOL, Box::new(function))
     }
 
     /// A named queue served by this pool's workers. `max_active` is how much of its work may be going at a time;

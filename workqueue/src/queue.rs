@@ -5,7 +5,8 @@ use std::{fmt, ops::BitOr, process, sync::Arc};
 use crate::{
     Error, Refused,
     end::cancel_pending,
-    job::{Account, Job, JobHandle},
+    item::Work,
+    job::{Account, Context, Job, JobHandle},
     list::List,
     pool::Pool,
     shared::Shared,
@@ -116,6 +117,11 @@ impl Queue {
     /// [`Refused`], after the job has been called as cancelled on this thread.
     pub fn submit(&self, job: Job) -> Result<JobHandle, Refused> {
         self.shared().submit(self.inner.number, job)
+    }
+
+    /// An item of this queue that calls `function` each time it is run.
+    pub fn work(&self, function: impl FnMut(&Context<'_>) + Send + 'static) -> Work {
+        Work::new(self.shared(), self.inner.number, Box::new(function))
     }
 
     /// Waits until the queue is empty, taking only what its own running work adds. Timers are not waited for.

@@ -4,7 +4,7 @@ use std::{sync::Arc, sync::OnceLock, time::Duration, time::Instant};
 
 use crate::{
     Error, Refused,
-    crew::{Crew, Doing, Effects, Entry, Worker},
+    crew::{Crew, Doing, Effects, Entry, SETTLED, Worker},
     job::{Account, Cancelled, Context, Job, JobHandle},
     keeper,
     list::List,
@@ -33,6 +33,8 @@ pub(crate) struct Shared {
     pub(crate) state: Mutex<State>,
     /// Notified when a queue or the pool became empty, and when a thread's start came back.
     pub(crate) drained: Condvar,
+    /// Notified when an item that somebody waits for has got further; shared out by slot.
+    settled: [Condvar; SETTLED as usize],
     /// Counts work that became ready. Written outside the lock, a hint for spinning workers.
     pub(crate) arrivals: AtomicU64,
     /// Set once by `cancel_all`, seen by every run from then on.
@@ -68,6 +70,7 @@ impl Shared {
         Arc::new(Self {
             state: Mutex::new(State::new(crew, rules)),
             drained: Condvar::new(),
+            settled: std::array::from_fn(|_| Condvar::new()),
             arrivals: AtomicU64::new(0),
             cancel_all: AtomicBool::new(false),
             keeper: OnceLock::new(),
@@ -135,9 +138,19 @@ impl Shared {
                 self.wake_keeper();
             }
         }
+        for (bit, settled) in self.settled.iter().enumerate() {
+            if fx.settled >> bit & 1 == 1 {
+                settled.notify_all();
+            }
+        }
         if fx.keeper {
             self.wake_keeper();
         }
+    }
+
+    /// What is notified when the item in `slot` has got further.
+    pub(crate) fn settled(&self, slot: u32) -> &Condvar {
+        &self.settled[(slot % SETTLED) as usize]
     }
 
     pub(crate) fn wake_keeper(&self) {

@@ -11,9 +11,10 @@
 //! [`Slab::extend`], which gives back what is to be freed after the lock. The heap and the key table are always as
 //! large as the slots need, so they never run out first.
 
-use std::time::Instant;
+use std::{sync::Arc, time::Instant};
 
 use crate::{
+    item::{Item, ItemState},
     job::{Attributes, Hook, Run},
     keys::{KeyRecord, Keys},
 };
@@ -28,6 +29,7 @@ const CHUNKS: usize = 26;
 pub(crate) enum Body {
     Empty,
     Once(Run),
+    Item(Arc<Item>),
 }
 
 /// The list a slot is on.
@@ -68,6 +70,7 @@ pub(crate) struct Slot {
     pub(crate) key: u32,
     /// The worker that runs it, or NIL.
     pub(crate) worker: u32,
+    pub(crate) item: ItemState,
 }
 
 impl Slot {
@@ -88,6 +91,7 @@ impl Slot {
             due: None,
             key: NIL,
             worker: NIL,
+            item: ItemState::default(),
         }
     }
 }
@@ -100,12 +104,12 @@ impl Slot {
 
     /// A job, as opposed to an item, that is pending.
     pub(crate) fn is_pending_job(&self) -> bool {
-        self.is_pending() && matches!(self.body, Body::Once(_))
+        self.is_pending() && !self.item.is_item
     }
 
     /// A job, as opposed to an item, that runs.
     pub(crate) fn is_running_job(&self) -> bool {
-        self.worker != NIL
+        self.worker != NIL && !self.item.is_item
     }
 }
 
@@ -193,6 +197,7 @@ impl Slab {
         debug_assert!(matches!(entry.body, Body::Empty) && entry.hook.is_none());
         debug_assert!(entry.on == On::Nothing && entry.timer == NIL);
         entry.generation += 1;
+        entry.item = ItemState::default();
         entry.next = free;
         self.free = slot;
     }

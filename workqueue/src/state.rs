@@ -18,6 +18,7 @@ use crate::{
     job::{Account, Attributes, Hook, Job, Run},
     slab::{Body, NIL, On, Slab},
     sync::Ordering,
+    table::Operation,
 };
 
 /// How far the pool has got.
@@ -26,6 +27,8 @@ pub(crate) enum Phase {
     Open,
     /// The last handle is gone; only work that running work submits is still accepted.
     Closing,
+    /// As `Closing`, but what is queued is cancelled, and nothing is accepted.
+    Cancelling,
     /// Nothing is left; workers exit.
     Ended,
 }
@@ -61,23 +64,32 @@ pub(crate) struct State {
     /// Work admitted and not released, of all queues.
     pub(crate) live: u64,
     sequence: u64,
+    tickets: u64,
 }
 
 impl State {
     pub(crate) fn new(crew: Crew, of_the_pool: QueueState) -> Self {
         let queues = vec![of_the_pool];
-        Self { slab: Slab::new(), crew, queues, phase: Phase::Open, keeper_over: false, live: 0, sequence: 0 }
+        Self {
+            slab: Slab::new(),
+            crew,
+            queues,
+            phase: Phase::Open,
+            keeper_over: false,
+            live: 0,
+            sequence: 0,
+            tickets: 0,
+        }
     }
 
-    /// Whether `queue` takes new work. `inside` is the queue whose running work asks, if any; `own` whether any running
-    /// work of this pool asks.
-    pub(crate) fn open(&self, queue: u32, inside: Option<u32>) -> bool {
+    /// Whether `queue` takes new work. `inside` is the queue whose running work asks, if running work of this pool does.
+    /// A pool that ends takes nothing with a delay, or it would have to wait for it.
+    pub(crate) fn open(&self, queue: u32, inside: Option<u32>, delayed: bool) -> bool {
         let state = &self.queues[queue as usize];
-        let chained = inside == Some(queue);
         match self.phase {
-            Phase::Open => chained || (!state.closed && state.draining == 0),
-            Phase::Closing => inside.is_some(),
-            Phase::Ended => false,
+            Phase::Open => inside == Some(queue) || (!state.closed && state.draining == 0),
+            Phase::Closing => inside.is_some() && !delayed,
+            Phase::Cancelling | Phase::Ended => false,
         }
     }
 
@@ -90,7 +102,7 @@ impl State {
         delayed: bool,
         inside: Option<u32>,
     ) -> Result<(), Refused> {
-        if !self.open(queue, inside) || (delayed && self.phase != Phase::Open) {
+        if !self.open(queue, inside, delayed) {
             return Err(Refused::Draining);
         }
         if attributes.account == Account::MaySleep && !delayed && self.crew.hopeless(node) {
@@ -99,22 +111,34 @@ impl State {
         Ok(())
     }
 
+    /// A number that no queueing of an item had before.
+    pub(crate) fn ticket(&mut self) -> u64 {
+        self.tickets += 1;
+        self.tickets
+    }
+
     /// Takes a slot for a job; there is room.
     pub(crate) fn new_job(
         &mut self,
         queue: u32,
         node: u32,
-        mut attributes: Attributes,
+        attributes: Attributes,
         run: Run,
         hook: Option<Hook>,
     ) -> u32 {
+        let slot = self.new_slot(queue, node, attributes);
+        self.slab[slot].body = Body::Once(run);
+        self.slab[slot].hook = hook;
+        slot
+    }
+
+    /// Takes a slot and writes down how its queue wants it treated.
+    pub(crate) fn new_slot(&mut self, queue: u32, node: u32, mut attributes: Attributes) -> u32 {
         let rules = &self.queues[queue as usize];
         attributes.concurrent |= rules.concurrent;
         attributes.account = rules.account.unwrap_or(attributes.account);
         let slot = self.slab.take();
         let entry = &mut self.slab[slot];
-        entry.body = Body::Once(run);
-        entry.hook = hook;
         entry.attributes = attributes;
         entry.queue = queue;
         entry.node = node;
@@ -253,35 +277,43 @@ impl State {
         if queue.live == 0 || self.live == 0 {
             fx.drained = true;
         }
-        if queue.active < queue.max_active {
-            if let Some(next) = queue.inactive.pop(&mut self.slab) {
-                queue.active += 1;
-                self.activate(next, fx);
-            }
+        if queue.active < queue.max_active
+            && let Some(next) = queue.inactive.pop(&mut self.slab)
+        {
+            queue.active += 1;
+            self.activate(next, fx);
         }
         kept
     }
 
     /// The timer of `slot` has run out and is stopped.
     pub(crate) fn fired(&mut self, slot: u32, fx: &mut Effects) {
-        self.admit(slot, fx);
+        if self.slab[slot].item.is_item {
+            self.transit(slot, Operation::TimerFires, None, fx);
+        } else {
+            self.admit(slot, fx);
+        }
     }
 
-    /// Takes the job in `slot`, which is not running, out of everything and gives up its slot.
+    /// Takes what is pending in `slot` out of everything. A job gives up its slot and is handed back to be called as
+    /// cancelled; an item is only cancelled.
     pub(crate) fn withdraw(&mut self, slot: u32, fx: &mut Effects) -> Option<Job> {
+        if self.slab[slot].item.is_item {
+            self.transit(slot, Operation::Cancel, None, fx);
+            return None;
+        }
         if !self.stop_timer(slot) {
             self.unlink(slot);
             self.release(slot, false, fx);
         }
         let entry = &mut self.slab[slot];
         let (node, attributes, hook) = (entry.node, entry.attributes, entry.hook.take());
-        let body = std::mem::replace(&mut entry.body, Body::Empty);
+        let Body::Once(run) = std::mem::replace(&mut entry.body, Body::Empty) else {
+            unreachable!("a pending job has a function");
+        };
         self.crew.account_mut(node, attributes.account).counters.cancelled += 1;
         self.slab.free(slot);
-        match body {
-            Body::Once(run) => Some(Job { run, hook, attributes, delay: Duration::ZERO }),
-            Body::Empty => None,
-        }
+        Some(Job { run, hook, attributes, delay: Duration::ZERO })
     }
 
     /// Tells the run of `slot` to stop, unless it is not to be disturbed; gives the hook to call after the lock.

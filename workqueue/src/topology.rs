@@ -30,16 +30,13 @@ impl Topology {
     /// Nodes as given, for tests and for machines that know better. Empty nodes are left out.
     #[must_use]
     pub fn from_nodes<N: AsRef<[usize]>>(nodes: impl IntoIterator<Item = N>) -> Self {
-        let nodes: Box<[Box<[usize]>]> = nodes
-            .into_iter()
-            .map(|node| Box::from(node.as_ref()))
-            .filter(|node: &Box<[usize]>| !node.is_empty())
-            .collect();
+        let mut nodes: Vec<Box<[usize]>> = nodes.into_iter().map(|node| node.as_ref().into()).collect();
+        nodes.retain(|node| !node.is_empty());
         if nodes.is_empty() {
             return Self::single();
         }
         let parallel = nodes.iter().map(|node| node.len() as u32).collect();
-        Self { nodes, parallel }
+        Self { nodes: nodes.into(), parallel }
     }
 
     fn read(root: &Path) -> Option<Self> {

@@ -11,11 +11,13 @@ use std::{
 use crate::{
     crew::{Doing, Effects, Worker},
     end,
+    item::Item,
     job::{Account, Context, Job},
     shared::{Shared, call_cancelled},
     slab::{Body, NIL},
     state::{Phase, State},
     sync::{self, MutexGuard, Ordering},
+    table::Operation,
 };
 
 /// Work of one key, or one line of follow-ups, that a worker runs before it looks at what else waits.
@@ -29,9 +31,12 @@ pub(crate) struct Current {
     /// The queue whose work it runs.
     pub(crate) queue: u32,
     pub(crate) slot: u32,
+    pub(crate) item: Option<Arc<Item>>,
 }
 
 sync::thread_local! {
+    // Loom's macro knows no `const` blocks.
+    #[allow(clippy::missing_const_for_thread_local)]
     static CURRENT: RefCell<Option<Current>> = RefCell::new(None);
 }
 
@@ -78,7 +83,7 @@ pub(crate) fn run(shared: &Arc<Shared>, number: u32, worker: &Arc<Worker>) {
     };
     drop(state);
     shared.settle_in(node);
-    enter(Some(Current { shared: Arc::clone(shared), number, queue: 0, slot: NIL }));
+    enter(Some(Current { shared: Arc::clone(shared), number, queue: 0, slot: NIL, item: None }));
     let mut fx = Effects::default();
     state = shared.lock();
     let mut next = choose(&mut state, shared, number, &mut fx);
@@ -108,6 +113,17 @@ pub(crate) fn run(shared: &Arc<Shared>, number: u32, worker: &Arc<Worker>) {
 /// Changes which worker this thread is; what it was is dropped outside the cell.
 fn enter(current: Option<Current>) {
     drop(CURRENT.with(|cell| cell.replace(current)));
+}
+
+/// Writes down what this worker runs. Nothing is dropped while the cell is borrowed.
+fn mark(queue: u32, slot: u32, item: Option<Arc<Item>>) {
+    let before = CURRENT.with(|current| {
+        let mut current = current.borrow_mut();
+        let current = current.as_mut().expect("a worker thread knows who it is");
+        (current.queue, current.slot) = (queue, slot);
+        std::mem::replace(&mut current.item, item)
+    });
+    drop(before);
 }
 
 fn look<'a>(shared: &'a Shared, number: u32, fx: &mut Effects) -> (MutexGuard<'a, State>, Next) {
@@ -148,6 +164,9 @@ fn choose(state: &mut State, shared: &Shared, number: u32, fx: &mut Effects) -> 
 /// Marks `slot`, which is on no list, as run by `number`.
 fn start(state: &mut State, number: u32, slot: u32, fx: &mut Effects) -> Taken {
     let node = state.crew.workers[number as usize].node;
+    if state.slab[slot].item.is_item {
+        state.transit(slot, Operation::Taken, None, fx);
+    }
     let entry = &mut state.slab[slot];
     let attributes = entry.attributes;
     let waited = entry.ready_since.take();
@@ -184,11 +203,8 @@ fn perform<'a>(
     fx: &mut Effects,
 ) -> (MutexGuard<'a, State>, Next) {
     let Taken { slot, queue, body, no_cancel } = taken;
-    CURRENT.with(|current| {
-        let mut current = current.borrow_mut();
-        let current = current.as_mut().expect("a worker thread knows who it is");
-        (current.queue, current.slot) = (queue, slot);
-    });
+    let item = if let Body::Item(item) = &body { Some(Arc::clone(item)) } else { None };
+    mark(queue, slot, item.clone());
     let context = Context { told: &worker.told, all: &shared.cancel_all, no_cancel };
     let outcome = call(body, &context);
     let panicked = outcome.is_none();
@@ -196,10 +212,14 @@ fn perform<'a>(
     if follow.is_some() && context.cancelled() {
         follow.take().into_iter().for_each(|job| call_cancelled(shared, job));
     }
+    mark(queue, NIL, None);
+    // The item is let go of after the lock: the last reference frees its slot.
+    fx.last = item;
     let mut state = shared.lock();
     let (again, refused) = returned(&mut state, number, slot, panicked, follow, fx);
     if let Some(job) = refused {
         drop(state);
+        shared.apply(std::mem::take(fx));
         call_cancelled(shared, job);
         state = shared.lock();
     }
@@ -214,6 +234,10 @@ fn perform<'a>(
 fn call(body: Body, context: &Context<'_>) -> Option<Option<Job>> {
     let outcome = catch_unwind(AssertUnwindSafe(|| match body {
         Body::Once(run) => run(context),
+        Body::Item(item) => {
+            item.call(context);
+            None
+        }
         Body::Empty => unreachable!("work that was picked has a body"),
     }));
     outcome.map_err(discard).ok()
@@ -237,8 +261,7 @@ fn returned(
     fx: &mut Effects,
 ) -> (Option<u32>, Option<Job>) {
     let entry = &mut state.slab[slot];
-    let (attributes, node, queue) = (entry.attributes, entry.node, entry.queue);
-    entry.worker = NIL;
+    let (attributes, node, queue, is_item) = (entry.attributes, entry.node, entry.queue, entry.item.is_item);
     fx.hook = entry.hook.take();
     state.crew.change(number, |me| {
         me.doing = Doing::Looking;
@@ -250,6 +273,10 @@ fn returned(
     account.counters.finished += 1;
     account.counters.panicked += u64::from(panicked);
 
+    if is_item {
+        return (state.item_returned(slot, fx).then_some(slot), None);
+    }
+    state.slab[slot].worker = NIL;
     // The next of the same key goes on here, unless this worker has done so for long and others wait.
     let crew = &state.crew;
     let me = &crew.workers[number as usize];
