@@ -129,10 +129,16 @@ impl<D: Device> Lease<D> {
         if in_bracket() {
             return Err(SubmitError::Gone(Error::Nested));
         }
+        // Before the uses begin, so that a hold-off that gives up on them knows whose they are.
+        count(&self.held, true);
         let uses = match self.reserve(&engine) {
             Ok(uses) => uses,
-            Err(None) => return Err(SubmitError::Again(self)),
+            Err(None) => {
+                count(&self.held, false);
+                return Err(SubmitError::Again(self));
+            }
             Err(Some(index)) => {
+                count(&self.held, false);
                 let object = &self.held[index].handle.object;
                 engine.counters.stale.fetch_add(1, Ordering::Relaxed);
                 return Err(SubmitError::Stale { index, range: object.range });
@@ -142,6 +148,7 @@ impl<D: Device> Lease<D> {
         let result = catch_unwind(AssertUnwindSafe(submit));
         if let Ok(Err(error)) = result {
             uses.end(&*engine.space);
+            count(&self.held, false);
             return Err(SubmitError::Rejected { error, lease: self });
         }
         let pending = Flight::launch(&engine, self.held, uses, signals);
@@ -176,6 +183,14 @@ impl<D: Device> Lease<D> {
     }
 }
 
+/// Counts a submit at each of its objects, or takes it off again.
+fn count<D: Device>(held: &[Held<D>], begins: bool) {
+    for held in held {
+        let inflight = &held.handle.object.inflight;
+        if begins { inflight.fetch_add(1, Ordering::Relaxed) } else { inflight.fetch_sub(1, Ordering::Relaxed) };
+    }
+}
+
 impl<D: Device> std::fmt::Debug for Lease<D> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_list().entries(self.held.iter().map(|held| (held.handle.object.range, held.noted.generation))).finish()
@@ -207,9 +222,6 @@ impl<D: Device> Flight<D> {
         uses: Uses,
         signals: impl IntoIterator<Item = D::Signal>,
     ) -> Pending<D> {
-        for held in &held {
-            held.handle.object.inflight.fetch_add(1, Ordering::Relaxed);
-        }
         engine.counters.submits.fetch_add(1, Ordering::Relaxed);
         engine.flights.add(1);
         let rest = Rest { held, outcome: None, wakers: Vec::new() };
@@ -251,9 +263,7 @@ impl<D: Device> Retire for Flight<D> {
             rest.outcome = Some(outcome);
             (std::mem::take(&mut rest.held), std::mem::take(&mut rest.wakers))
         };
-        for held in &held {
-            held.handle.object.inflight.fetch_sub(1, Ordering::Relaxed);
-        }
+        count(&held, false);
         drop(held);
         self.engine.flights.sub(1);
         self.over.bump();
