@@ -423,7 +423,7 @@ fn overflow(replay: &mut Replay) {
         let read = queue.read(&mut buffer).expect("records");
         let got = split(&buffer[..read]);
         let line = replay.next(&format!("overflow.size{size}"));
-        let index = got.iter().position(|record| record.len() == 8).map_or(-1, |index| index as i64);
+        let index = got.iter().position(|record| record.len() == 8).map_or("-1".into(), |index| index.to_string());
         let said = format!("FIONREAD={read} read={read} records={} loss_index={index}", got.len());
         assert_eq!(line.text, said);
         assert!(line.records.is_empty() || line.records == got, "size {size}");

@@ -87,10 +87,11 @@ impl Bell {
         true
     }
 
-    /// Arms after every read from now on. Answers whether that is new.
-    pub(super) fn keep_level(&self) -> bool {
-        // Relaxed: read and written under the reader's lock, except by `is_level`'s cheap look, which may lag.
-        !self.level.swap(true, Ordering::Relaxed)
+    /// Arms after every read from now on. The caller holds the reader's lock.
+    #[cfg(not(loom))]
+    pub(super) fn keep_level(&self) {
+        // Relaxed: read under the reader's lock, except for a first look that may lag.
+        self.level.store(true, Ordering::Relaxed);
     }
 
     pub(super) fn is_level(&self) -> bool {

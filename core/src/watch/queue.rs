@@ -2,9 +2,11 @@
 
 use std::collections::VecDeque;
 use std::io;
+#[cfg(not(loom))]
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Weak};
+#[cfg(not(loom))]
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
@@ -395,6 +397,7 @@ pub(super) struct QueueInner {
     filter: Snapshot<Filter>,
     policy: Option<Box<Policy>>,
     strict: bool,
+    #[cfg_attr(loom, expect(dead_code, reason = "the model's signal is no descriptor to ask for"))]
     wake: Wake,
     pub(super) limit: WatchLimit,
     /// The reader's lock. Never taken by a post.

@@ -1,0 +1,273 @@
+//! The watch queue's concurrent steps, tried by loom in every order.
+//!
+//! `RUSTFLAGS="--cfg loom" cargo test -p pinfold-core --lib --release watch::models`
+
+use std::sync::Arc;
+
+use loom::cell::UnsafeCell;
+use loom::sync::atomic::{AtomicUsize, Ordering};
+use loom::thread;
+
+use super::bell::Bell;
+use super::filter::FilterEntry;
+use super::record::{Record, TYPE_WORK};
+use super::ring::{Push, Ring, Slots};
+use super::signal::Signal;
+use super::snapshot::Snapshot;
+use super::{Note, Scope, WatchConfig, WatchList, WatchQueue};
+
+fn numbered(number: u64) -> Record {
+    Record::new(TYPE_WORK, 0, 0, &number.to_ne_bytes()).expect("a short record")
+}
+
+fn ring(limit: usize) -> Arc<Ring> {
+    let ring = Ring::new();
+    ring.set_slots(Slots::new(limit)).expect("the first slots");
+    Arc::new(ring)
+}
+
+/// Takes what is there: a number, or `None` for a loss.
+fn take(ring: &Ring) -> Option<Option<u64>> {
+    let next = ring.next();
+    if next.lost {
+        ring.report_loss(next.position);
+        return Some(None);
+    }
+    if !next.record {
+        return None;
+    }
+    let mut out = [0; 16];
+    assert_eq!(ring.copy(next.position, &mut out), Ok(16), "torn");
+    ring.advance(next.position);
+    Some(Some(Record::from_bytes(&out).expect("torn").u64_at(8)))
+}
+
+#[test]
+fn two_posts_take_two_places_or_one_leaves_a_mark() {
+    for limit in [1, 2] {
+        loom::model(move || {
+            let ring = ring(limit);
+            let other = {
+                let ring = Arc::clone(&ring);
+                thread::spawn(move || ring.push_or_mark_lost(&numbered(1)))
+            };
+            let mine = ring.push_or_mark_lost(&numbered(2));
+            let theirs = other.join().expect("the other post");
+            let mut got = std::iter::from_fn(|| take(&ring)).collect::<Vec<_>>();
+            if limit == 1 {
+                assert_ne!(mine == Push::Stored, theirs == Push::Stored);
+                assert!(got == [Some(1), None] || got == [Some(2), None], "{got:?}");
+            } else {
+                got.sort_unstable();
+                assert_eq!(got, [Some(1), Some(2)]);
+            }
+        });
+    }
+}
+
+#[test]
+fn a_reader_beside_a_writer_gets_each_record_once_in_order_or_a_mark() {
+    loom::model(|| {
+        let ring = ring(1);
+        let writer = {
+            let ring = Arc::clone(&ring);
+            thread::spawn(move || {
+                (0..3).filter(|&number| ring.push_or_mark_lost(&numbered(number)) != Push::Stored).count()
+            })
+        };
+        let mut got = Vec::new();
+        for _ in 0..2 {
+            got.extend(take(&ring));
+        }
+        let lost = writer.join().expect("the writer");
+        got.extend(std::iter::from_fn(|| take(&ring)));
+        let numbers = got.iter().copied().flatten().collect::<Vec<_>>();
+        assert_eq!(numbers.len() + lost, 3);
+        assert!(numbers.is_sorted_by(|a, b| a < b), "{got:?}");
+        // Wherever a number is skipped, there is a mark; and there is none elsewhere.
+        let mut next = 0;
+        let mut marked = false;
+        for entry in got.iter().copied().chain([Some(3)]) {
+            match entry {
+                None => marked = true,
+                Some(number) => {
+                    assert_eq!(marked, number > next, "{got:?}");
+                    (next, marked) = (number + 1, false);
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn two_writers_and_a_reader_of_one_slot_lose_nothing_without_a_mark() {
+    loom::model(|| {
+        let ring = ring(1);
+        assert_eq!(ring.push_or_mark_lost(&numbered(0)), Push::Stored);
+        let writers = [1, 2].map(|number| {
+            let ring = Arc::clone(&ring);
+            thread::spawn(move || ring.push_or_mark_lost(&numbered(number)) == Push::Stored)
+        });
+        let mut got = Vec::new();
+        got.extend(take(&ring));
+        got.extend(take(&ring));
+        let stored =
+            writers.map(|writer| writer.join().expect("a writer")).into_iter().filter(|&stored| stored).count();
+        got.extend(std::iter::from_fn(|| take(&ring)));
+        assert_eq!(got.iter().flatten().count(), stored + 1);
+        assert_eq!(got.contains(&None), stored < 2, "{got:?}");
+    });
+}
+
+#[test]
+fn a_post_after_the_end_was_seen_stores_nothing() {
+    loom::model(|| {
+        let ring = ring(2);
+        let writer = {
+            let ring = Arc::clone(&ring);
+            thread::spawn(move || ring.push_or_mark_lost(&numbered(1)))
+        };
+        ring.close();
+        let ended = ring.next().end;
+        let pushed = writer.join().expect("the writer");
+        assert!(!ended || pushed == Push::Defunct);
+        assert_eq!(take(&ring).is_some(), pushed == Push::Stored);
+        assert!(ring.next().end);
+    });
+}
+
+/// Posts beside a reader that arms, and if there is something, takes it and arms again.
+fn rung(posts: u64) {
+    let ring = ring(2);
+    let bell = Arc::new(Bell::new(Signal::new().expect("the model's signal")));
+    let posts = (0..posts).map(|number| {
+        let (ring, bell) = (Arc::clone(&ring), Arc::clone(&bell));
+        thread::spawn(move || {
+            ring.push_or_mark_lost(&numbered(number));
+            bell.ring_if_armed();
+        })
+    });
+    let posts = posts.collect::<Vec<_>>();
+    if bell.arm(|| ring.next().record) {
+        assert!(take(&ring).is_some());
+        bell.arm(|| ring.next().record);
+    }
+    for post in posts {
+        post.join().expect("a post");
+    }
+    assert_eq!(bell.signal().is_raised(), ring.next().record, "the descriptor tells what there is");
+}
+
+#[test]
+fn a_reader_that_has_armed_and_found_nothing_is_rung_for() {
+    loom::model(|| rung(1));
+}
+
+#[test]
+fn of_two_posts_one_rings() {
+    // Every order of three threads is too many; two preemptions find all that a removed barrier or a reordered step breaks.
+    let mut bounded = loom::model::Builder::new();
+    bounded.preemption_bound = Some(2);
+    bounded.check(|| rung(2));
+}
+
+/// Dropping it is a write, so that loom reports a reader that isn't over yet.
+struct Tracked(UnsafeCell<u32>);
+
+impl Drop for Tracked {
+    fn drop(&mut self) {
+        self.0.with_mut(|value| {
+            // SAFETY: loom checks that no other access is under way or unordered.
+            unsafe { *value = 0 }
+        });
+    }
+}
+
+// SAFETY: loom reports every access to the cell that isn't ordered.
+unsafe impl Sync for Tracked {}
+
+#[test]
+fn a_replaced_value_is_freed_after_its_last_reader() {
+    loom::model(|| {
+        let value = |number| Some(Box::new(Tracked(UnsafeCell::new(number))));
+        let snapshot = Arc::new(Snapshot::empty());
+        drop(snapshot.replace(value(1)));
+        let reader = {
+            let snapshot = Arc::clone(&snapshot);
+            thread::spawn(move || {
+                // SAFETY: loom checks that no write is under way or unordered.
+                snapshot.read(|value: &Tracked| value.0.with(|value| unsafe { *value }))
+            })
+        };
+        drop(snapshot.replace(value(2)));
+        drop(snapshot.replace(None));
+        let seen = reader.join().expect("the reader");
+        assert!(matches!(seen, None | Some(1 | 2)), "{seen:?}");
+    });
+}
+
+fn watched(released: &Arc<AtomicUsize>) -> (Arc<WatchList>, WatchQueue) {
+    let released = Arc::clone(released);
+    let list = WatchList::with_release(move |_| {
+        released.fetch_add(1, Ordering::Relaxed);
+    });
+    let queue = WatchQueue::new(WatchConfig::default().capacity(1)).expect("the model's signal");
+    list.add_watch(&queue, Scope::All, 0).expect("the first watch");
+    (Arc::new(list), queue)
+}
+
+#[test]
+fn a_post_beside_a_filter_change_sees_one_of_the_two() {
+    loom::model(|| {
+        let (list, queue) = watched(&Arc::new(AtomicUsize::new(0)));
+        queue.set_filter(Some(&[FilterEntry::all_of(1)])).expect("a sound filter");
+        let poster = {
+            let list = Arc::clone(&list);
+            thread::spawn(move || list.post(0, &numbered(1)))
+        };
+        queue.set_filter(Some(&[FilterEntry::all_of(TYPE_WORK)])).expect("a sound filter");
+        poster.join().expect("the post");
+        let counters = queue.counters();
+        assert_eq!(counters.posted + counters.filtered, 1);
+        assert_eq!(queue.records().count() as u64, counters.posted);
+    });
+}
+
+#[test]
+fn a_post_beside_a_clear_is_whole_or_nothing_and_the_watch_is_released_once() {
+    loom::model(|| {
+        let released = Arc::new(AtomicUsize::new(0));
+        let (list, queue) = watched(&released);
+        let poster = {
+            let list = Arc::clone(&list);
+            thread::spawn(move || list.post(0, &numbered(1)))
+        };
+        queue.clear();
+        list.post(0, &numbered(2));
+        poster.join().expect("the post");
+        assert_eq!(released.load(Ordering::Relaxed), 1);
+        assert!(list.is_empty());
+        let got = queue.records().map(|record| record.u64_at(8)).collect::<Vec<_>>();
+        assert!(got.is_empty() || got == [1], "{got:?}");
+        assert_eq!(queue.read(&mut [0; 64]), Ok(0));
+    });
+}
+
+#[test]
+fn a_watch_that_is_removed_and_cleared_at_once_is_released_once() {
+    loom::model(|| {
+        let released = Arc::new(AtomicUsize::new(0));
+        let (list, queue) = watched(&released);
+        let queue = Arc::new(queue);
+        let remover = {
+            let (list, queue) = (Arc::clone(&list), Arc::clone(&queue));
+            thread::spawn(move || list.remove_watch(&queue, Scope::All).is_ok())
+        };
+        queue.clear();
+        let removed = remover.join().expect("the remover");
+        assert_eq!(released.load(Ordering::Relaxed), 1);
+        assert!(list.is_empty());
+        let notes = queue.notes().collect::<Vec<_>>();
+        assert!(notes.is_empty() || removed && notes == [Note::Removed(None)], "{notes:?}");
+    });
+}
