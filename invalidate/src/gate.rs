@@ -178,6 +178,7 @@ impl Gate {
                 Ok(_) => return count,
                 Err(seen) => {
                     self.late.fetch_sub(count, Ordering::Relaxed);
+                    self.fell.bump(); // `wait_drained` may have counted twice and gone to sleep on it
                     now = seen;
                 }
             }
