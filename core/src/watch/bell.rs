@@ -8,7 +8,8 @@
 //! ```
 //!
 //! **Law**: the eventfd is non-zero in `RUNG`, zero in `IDLE` and `ARMED`. **No wake-up is lost**: a post publishes, then looks at the state; the reader
-//! sets `ARMED`, then looks for records; both sides are `SeqCst`, so one of them sees the other. A reader that meets `RINGING` waits for the
+//! sets `ARMED`, then looks for records; both sides are `SeqCst`, so one of them sees the other. (A post that looks late may ring for a record that was taken
+//! meanwhile: one wake-up for nothing, and the read that finds nothing silences it.) A reader that meets `RINGING` waits for the
 //! two instructions and one non-blocking write that the other thread has left, because a drain in between would leave the late write behind.
 
 use super::signal::Signal;

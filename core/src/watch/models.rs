@@ -155,7 +155,10 @@ fn rung(posts: u64) {
     for post in posts {
         post.join().expect("a post");
     }
-    assert_eq!(bell.signal().is_raised(), ring.next().record, "the descriptor tells what there is");
+    assert!(bell.signal().is_raised() || !ring.next().record, "a record that nobody was woken for");
+    // A post may have rung late, for a record that was taken already. Whoever then finds nothing has silenced the bell.
+    let left = bell.arm(|| ring.next().record);
+    assert_eq!(bell.signal().is_raised(), left);
 }
 
 #[test]
