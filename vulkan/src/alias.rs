@@ -214,6 +214,28 @@ mod tests {
     }
 
     #[test]
+    fn threads_that_make_and_drop_aliases_of_the_same_part_never_see_anything_else() {
+        let (cache, fd) = (Arc::new(AliasCache::default()), memfd(2));
+        let range = map(&fd, 2);
+        let run = run(range);
+        // SAFETY: `range` is mapped, writable, and no other thread knows it yet.
+        unsafe { byte(range).write_volatile(7) };
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..500 {
+                        let alias = cache.make(range, run).unwrap();
+                        // SAFETY: the alias is mapped as long as `alias` lives.
+                        assert_eq!(unsafe { byte(alias.range()).read_volatile() }, 7);
+                    }
+                });
+            }
+        });
+        assert_eq!(cache.len(), 0);
+        unmap(range);
+    }
+
+    #[test]
     fn an_alias_of_memory_that_changed_hands_is_refused() {
         let (cache, range, other) = (Arc::new(AliasCache::default()), map(memfd(1), 1), map(memfd(1), 1));
         let wrong = cache.make(range, run(other));

@@ -5,12 +5,14 @@ mod fixture;
 #[path = "fixture/memory.rs"]
 mod memory;
 
+use std::process::Command;
+
 use fixture::{Fixture, GENEROUS, Readback, acquire, refresh};
 use memory::{Memory, disk_file, memfd, pattern};
 use nix::errno::Errno;
 use pinfold_core::{Access, Device as _, DeviceError, MirrorReason, Path, Preparation, Request};
 use pinfold_invalidate::{mappings, page_size};
-use pinfold_vulkan::{Config, Force, MappingKind, Source, TrialResult};
+use pinfold_vulkan::{Config, Force, MappingKind, Source, TrialResult, VulkanDevice};
 
 const PAGES: usize = 20;
 
@@ -281,4 +283,35 @@ fn a_device_made_without_import_mirrors_everything_and_says_why() {
     assert_eq!(import.path(), Path::Mirror(MirrorReason::Unsupported));
     assert_eq!(fixture.read(&import, 0, import.size), memory.bytes());
     assert!(device.capabilities().import.to_string().contains("VK_EXT_external_memory_host"));
+}
+
+/// Runs itself in child processes, as the environment of this one belongs to all tests.
+#[test]
+fn the_environment_forces_a_path_or_is_told_what_it_can_say() {
+    const CHILD: &str = "PINFOLD_TEST_CHILD";
+    if std::env::var_os(CHILD).is_some() {
+        let Some(fixture) = Fixture::new() else { return };
+        let mut config = Config::default();
+        config.force = Some(Force::Import);
+        // SAFETY: as in `Fixture::open`.
+        match unsafe { VulkanDevice::new(fixture.context(), &config) } {
+            Ok(device) => println!("<{:?}>", device.forced()),
+            Err(error) => println!("<{error}>"),
+        }
+        return;
+    }
+    if fixture::choose_driver().is_none() {
+        return;
+    }
+    let bad = "<PINFOLD_FORCE is \"mirrors\"; it is `mirror`, `import` or `alias`, or unset>";
+    for (value, answer) in [("mirror", "<Some(Mirror)>"), ("", "<Some(Import)>"), ("mirrors", bad)] {
+        let this = std::env::current_exe().unwrap();
+        let child = Command::new(this)
+            .args(["--exact", "the_environment_forces_a_path_or_is_told_what_it_can_say", "--nocapture"])
+            .envs([(CHILD, "1"), ("PINFOLD_FORCE", value)])
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&child.stdout);
+        assert!(child.status.success() && said.contains(answer), "{value:?}: {said}");
+    }
 }
