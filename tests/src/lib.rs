@@ -14,6 +14,7 @@ pub mod leaks;
 pub mod memory;
 pub mod process;
 mod skip;
+pub mod vulkan;
 
 /// How long a test waits for what must happen. Only a failing test ever waits that long, so it is generous.
 pub const PATIENCE: Duration = Duration::from_secs(60);
