@@ -1,7 +1,7 @@
 //! The device in software is a fair stand-in: it pins, moves bytes through the pin, keeps an old page when the program gets a new one, and
 //! refuses what can't be pinned.
 
-use pinfold_core::{DeviceError, Outcome};
+use pinfold_core::{Access, Config, DeviceError, Manager, Outcome};
 use pinfold_invalidate::page_size;
 use pinfold_tests::dma::DmaDevice;
 use pinfold_tests::leaks::{Holdings, pinned};
@@ -90,6 +90,28 @@ fn a_holding_job_is_in_flight_until_it_is_opened() {
     held.finish().expect("pinned");
     assert_eq!(held.fence().outcome(), Some(Outcome::Done));
     assert_eq!(region.read(0, 4).expect("mapped"), b"late");
+}
+
+#[test]
+fn a_manager_drives_it_and_its_jobs_retire_submits() {
+    let device = device!();
+    let manager = Manager::new(device.clone(), Config::default()).expect("a manager");
+    let region = Region::new(Backing::Anonymous, 4).expect("mapped");
+    // SAFETY: no reference points into a region, which lives longer than the object.
+    let object = unsafe { manager.register(region.range(), Access::ReadWrite) }.expect("registered");
+    let lease = manager.acquire_timeout(&[&object], PATIENCE).expect("pinnable");
+    let job = device.read_job(&lease.view(0), page_size(), page_size()).expect("made").hold();
+    let start = || {
+        job.start();
+        Ok::<_, std::convert::Infallible>(())
+    };
+    // SAFETY: the fence is the job's, which reads through the view.
+    let pending = unsafe { lease.submit([job.fence()], start) }.expect("valid");
+    assert_eq!((pending.poll(), object.in_flight()), (None, 1));
+    assert_eq!(job.finish().expect("pinned"), region.original(1..2));
+    assert_eq!(pending.wait(PATIENCE), Some(Outcome::Done));
+    drop((pending, object, manager));
+    assert_eq!(device.live_imports(), 0);
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! The Vulkan device of the tests works on the driver it says, tells words apart, waits when it is told to, and lets no message pass.
 
 use ash::vk;
-use pinfold_tests::gpu;
+use pinfold_tests::memory::{Backing, Region};
+use pinfold_tests::{PATIENCE, gpu};
+use pinfold_vulkan::{Access, Config, Manager, Outcome};
 
 const PAGES: usize = 64;
 
@@ -49,6 +51,25 @@ fn a_holding_job_reads_only_after_it_is_opened() {
     assert!(!held.is_over());
     assert_eq!(held.finish(), [2; 4096]);
     assert!(held.is_over());
+}
+
+#[test]
+fn a_manager_takes_it_and_its_jobs_retire_submits() {
+    let gpu = gpu!();
+    // SAFETY: the handles belong together, and the manager goes before the device.
+    let manager = unsafe { Manager::new(gpu.context(), Config::default()) }.expect("a manager");
+    let region = Region::new(Backing::Memfd, PAGES).expect("mapped");
+    region.fill(0..PAGES, 7).expect("writable");
+    // SAFETY: no reference points into a region, which lives longer than the object.
+    let object = unsafe { manager.register(region.range(), Access::Read) }.expect("registered");
+    let lease = manager.acquire_timeout(&[&object], PATIENCE).expect("importable");
+    let view = lease.view(0);
+    let job = gpu.scan_job(view.buffer, view.offset, view.size, 0x0707_0707, 10).hold();
+    // SAFETY: the signal is the job's, which reads through the view.
+    let pending = unsafe { lease.submit([job.signal()], || job.start()) }.expect("valid");
+    assert_eq!((pending.poll(), object.in_flight()), (None, 1));
+    assert_eq!(job.others(), 0);
+    assert_eq!(pending.wait(PATIENCE), Some(Outcome::Done));
 }
 
 #[test]
