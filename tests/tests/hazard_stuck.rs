@@ -164,17 +164,11 @@ fn a_handler_that_unmaps_watched_memory_is_rescued_and_nothing_is_lost() {
         let space = Space::get(Duration::from_millis(20)).unwrap();
         let (own, theirs) = (Region::new(Backing::Anonymous, 2).unwrap(), Region::new(Backing::Anonymous, 2).unwrap());
         let (own_range, range): (HostRange, HostRange) = (own.range(), theirs.range());
-        let foolish = Arc::new(Foolish {
-            region: Mutex::new(None),
-            told: AtomicBool::new(false),
-            shards: AtomicU16::new(0),
-        });
+        let foolish =
+            Arc::new(Foolish { region: Mutex::new(None), told: AtomicBool::new(false), shards: AtomicU16::new(0) });
         // Watched by the space, so that unmapping it from the handler waits for the handler.
-        let bystander = Arc::new(Foolish {
-            region: Mutex::new(None),
-            told: AtomicBool::new(false),
-            shards: AtomicU16::new(0),
-        });
+        let bystander =
+            Arc::new(Foolish { region: Mutex::new(None), told: AtomicBool::new(false), shards: AtomicU16::new(0) });
         space.insert(own_range, 1, bystander.clone());
         space.insert(range, 2, foolish.clone());
         let watched = space.watch(own_range).unwrap();
