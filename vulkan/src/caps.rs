@@ -3,6 +3,7 @@
 use std::fmt;
 
 use ash::{ext, khr, vk};
+use pinfold_invalidate::page_size;
 
 use crate::DeviceContext;
 
@@ -104,7 +105,11 @@ impl Capabilities {
             import: support(ext::external_memory_host::NAME, "VK_EXT_external_memory_host"),
             memory_budget: support(ext::memory_budget::NAME, "VK_EXT_memory_budget"),
             import_alignment: alignment,
-            chunk_size: chunk_size(maintenance3.max_memory_allocation_size, maintenance4.max_buffer_size, alignment),
+            chunk_size: chunk_size(
+                maintenance3.max_memory_allocation_size,
+                maintenance4.max_buffer_size,
+                alignment.max(page_size() as u64),
+            ),
             max_allocations: plain.limits.max_memory_allocation_count,
             max_storage_buffer_range: plain.limits.max_storage_buffer_range,
         }

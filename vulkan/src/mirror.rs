@@ -18,7 +18,7 @@ use gpu_allocator::vulkan::{Allocation, AllocationCreateDesc, AllocationScheme, 
 use gpu_allocator::{AllocationError, AllocationSizes, AllocatorDebugSettings, MemoryLocation};
 use nix::errno::Errno;
 use pinfold_core::{DeviceError, Path, Request};
-use pinfold_invalidate::{HostRange, page_size};
+use pinfold_invalidate::HostRange;
 
 use crate::SetupError;
 use crate::budget::check_heap;
@@ -98,7 +98,7 @@ pub(crate) fn mirror(
     let (gpu, mut rest) = (&heap.gpu, request.range.len() as u64);
     let mut pieces = Vec::new();
     while rest > 0 {
-        let size = rest.min(gpu.caps.chunk_size.next_multiple_of(page_size() as u64));
+        let size = rest.min(gpu.caps.chunk_size);
         pieces.push(piece(heap, request, size, usage)?);
         rest -= size;
     }
@@ -248,6 +248,7 @@ fn errno(error: io::Error) -> Errno {
 #[cfg(test)]
 mod tests {
     use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+    use pinfold_invalidate::page_size;
 
     use super::*;
 

@@ -7,12 +7,15 @@ mod memory;
 
 use std::process::Command;
 
+use ash::vk;
 use fixture::{Fixture, GENEROUS, Readback, acquire, refresh};
 use memory::{Memory, disk_file, memfd, pattern};
 use nix::errno::Errno;
 use pinfold_core::{Access, Device as _, DeviceError, MirrorReason, Path, Preparation, Request};
 use pinfold_invalidate::{mappings, page_size};
-use pinfold_vulkan::{Config, Force, MappingKind, Source, TrialResult, VulkanDevice};
+use pinfold_vulkan::{
+    Config, Force, MappingKind, Requirements, SetupError, Source, TrialResult, VulkanDevice, requirements,
+};
 
 const PAGES: usize = 20;
 
@@ -283,6 +286,28 @@ fn a_device_made_without_import_mirrors_everything_and_says_why() {
     assert_eq!(import.path(), Path::Mirror(MirrorReason::Unsupported));
     assert_eq!(fixture.read(&import, 0, import.size), memory.bytes());
     assert!(device.capabilities().import.to_string().contains("VK_EXT_external_memory_host"));
+}
+
+#[test]
+fn imports_and_mirrors_have_addresses_if_they_were_asked_for() {
+    let Some(fixture) = Fixture::with(Requirements::with_buffer_device_address) else { return };
+    for (force, path) in [(None, Path::Import), (Some(Force::Mirror), Path::Mirror(MirrorReason::Forced))] {
+        let mut config = Config::default();
+        config.force = force;
+        let (device, memory) = (fixture.open(&config), Memory::anonymous(2));
+        let import = acquire(&device, memory.range(), Access::Read).unwrap();
+        assert_eq!(import.path(), path);
+        let info = vk::BufferDeviceAddressInfo::default().buffer(import.buffer);
+        // SAFETY: a live buffer with that usage on memory with that flag; the validation layer would say otherwise.
+        assert_ne!(unsafe { fixture.device.get_buffer_device_address(&info) }, 0);
+    }
+}
+
+#[test]
+fn requirements_of_another_instances_device_are_refused() {
+    let Some(fixture) = Fixture::new() else { return };
+    let foreign = vk::PhysicalDevice::null();
+    assert!(matches!(requirements(&fixture.instance, foreign), Err(SetupError::ForeignPhysicalDevice)));
 }
 
 /// Runs itself in child processes, as the environment of this one belongs to all tests.
