@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr::without_provenance_mut;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use pinfold_invalidate::{HostRange, page_size};
 
@@ -270,11 +271,15 @@ impl Drop for Region {
 }
 
 /// Address space that nobody else is given: mapped without any permission.
+///
+/// Far below where the kernel puts mappings by itself, from the top down. So a hole that a test makes stays a hole: no thread's stack fills it.
 fn reserve(len: usize, align: usize) -> io::Result<HostRange> {
+    static NEXT: AtomicUsize = AtomicUsize::new(0x2000_0000_0000);
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     let spare = align - page_size();
-    // SAFETY: without an address this replaces nothing.
-    let at = unsafe { libc::mmap(std::ptr::null_mut(), len + spare, libc::PROT_NONE, flags, -1, 0) };
+    let wished = NEXT.fetch_add((len + spare).next_multiple_of(1 << 20) + (1 << 20), Ordering::Relaxed);
+    // SAFETY: without MAP_FIXED the address is a wish, and nothing is replaced.
+    let at = unsafe { libc::mmap(without_provenance_mut(wished), len + spare, libc::PROT_NONE, flags, -1, 0) };
     if at == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
