@@ -9,7 +9,7 @@ use std::{
     pin::Pin,
     sync::{Arc, OnceLock},
     task::{Poll, Waker},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -168,11 +168,11 @@ impl<T> Completion<T> {
 
     /// Waits for the result no longer than `limit`; None when the time is up, and when it was taken before.
     pub fn wait_timeout(&mut self, limit: Duration) -> Option<Result<T, Ended>> {
-        let deadline = Instant::now() + limit;
+        let deadline = sync::now() + limit;
         blocking(|| {
             let mut state = sync::lock(&self.slot.state);
             while matches!(*state, Progress::Waiting(_)) {
-                let left = deadline.saturating_duration_since(Instant::now());
+                let left = deadline.saturating_duration_since(sync::now());
                 if left.is_zero() {
                     return None;
                 }

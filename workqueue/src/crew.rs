@@ -17,7 +17,7 @@
 //! one); a running worker blocked, left for the other account, or turned to express work; a limit was raised. A worker
 //! falls asleep under the same lock, after it has looked. So between its look and its sleep nothing can be queued, and
 //! whoever queues later finds it among the idle: there is no window for a lost wake-up, and the only thing outside
-//! the lock is the wake itself, a flag that the sleeper tests and a token that `unpark` leaves behind.
+//! the lock is the wake itself, which [`Parker`] remembers if it comes before the sleep.
 //!
 //! Running means counted: a worker that is inside [`blocking`](crate::blocking), that the watchdog found asleep, or
 //! that does express work is not.
@@ -33,7 +33,7 @@ use crate::{
     list::List,
     slab::{NIL, Slab},
     stats::Counters,
-    sync::{AtomicBool, JoinHandle, Ordering, Thread},
+    sync::{self, AtomicBool, JoinHandle, Parker},
 };
 
 /// The part of a worker that others touch without the lock.
@@ -41,27 +41,13 @@ pub(crate) struct Worker {
     /// Written under the lock by who cancels the current run, cleared under it when the next starts; read by the
     /// function.
     pub(crate) told: AtomicBool,
-    /// Set by who takes it off the idle list; tested by the sleeper.
-    pub(crate) awake: AtomicBool,
-    /// Written once by the thread itself, before it can be idle.
-    pub(crate) thread: std::sync::OnceLock<Thread>,
+    /// Where it sleeps. Woken by who takes it off the idle list.
+    pub(crate) parker: Parker,
 }
 
 impl Worker {
     pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self {
-            told: AtomicBool::new(false),
-            awake: AtomicBool::new(false),
-            thread: std::sync::OnceLock::new(),
-        })
-    }
-
-    pub(crate) fn wake(&self) {
-        // Release: pairs with the sleeper's Acquire; it sees nothing older than this when it takes the lock anyway.
-        self.awake.store(true, Ordering::Release);
-        if let Some(thread) = self.thread.get() {
-            thread.unpark();
-        }
+        Arc::new(Self { told: AtomicBool::new(false), parker: Parker::default() })
     }
 }
 
@@ -182,7 +168,7 @@ impl AccountState {
     /// The system gave none: nobody asks again before a while has passed, twice as long each time.
     pub(crate) fn refused(&mut self) {
         self.counters.workers_refused += 1;
-        self.retry = Some(Instant::now() + Duration::from_millis(1 << self.failures.min(9)));
+        self.retry = Some(sync::now() + Duration::from_millis(1 << self.failures.min(9)));
         self.failures += 1;
     }
 }
@@ -246,7 +232,7 @@ impl Effects {
     /// The time, asked for once per change.
     pub(crate) fn now(&mut self) -> Option<Instant> {
         if self.now.is_none() {
-            self.now = Some(Instant::now());
+            self.now = Some(sync::now());
         }
         self.now
     }

@@ -45,7 +45,7 @@ pub(crate) fn finish(shared: &Arc<Shared>, me: Option<u32>) {
     until_settled(shared, |fx| shared.lock().crew.wake_idle(fx));
     join_workers(shared, me);
     shared.lock().keeper_over = true;
-    shared.wake_keeper();
+    shared.keeper.wake();
     let keeper = sync::lock(&shared.keeper_join).take();
     let _ = keeper.map(sync::JoinHandle::join);
     // The keeper may have started one more before it saw the end.

@@ -26,7 +26,7 @@ use crate::{
     shared::Shared,
     slab::NIL,
     state::{Phase, State},
-    sync::Mutex,
+    sync::{self, Mutex},
     table::{Operation, Word},
     worker,
 };
@@ -59,7 +59,7 @@ pub(crate) struct Item {
 
 impl Item {
     pub(crate) fn call(&self, context: &Context<'_>) {
-        let mut function = crate::sync::lock(&self.function);
+        let mut function = sync::lock(&self.function);
         function(context);
     }
 
@@ -143,7 +143,7 @@ impl Work {
 
     fn start(&self, operation: Operation, delay: Duration) -> Result<bool, Error> {
         let Item { shared, slot, queue, .. } = &*self.item;
-        let due = (!delay.is_zero()).then(|| Instant::now() + delay);
+        let due = (!delay.is_zero()).then(|| sync::now() + delay);
         let node = shared.topology.here();
         let inside = worker::current_in(shared).map(|(_, queue, _)| queue);
         let mut fx = Effects::default();
@@ -246,7 +246,7 @@ impl Work {
         if seen == 0 {
             return Ok(answer);
         }
-        let deadline = limit.map(|limit| Instant::now() + limit);
+        let deadline = limit.map(|limit| sync::now() + limit);
         let in_time = self.wait(deadline, |state, slot| {
             let item = &state.slab[slot].item;
             item.pending == seen || item.running == seen
@@ -285,7 +285,7 @@ impl Work {
             let mut in_time = true;
             state.slab[*slot].item.waiters += 1;
             while in_time && unsettled(&state, *slot) {
-                state = match deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())) {
+                state = match deadline.map(|deadline| deadline.saturating_duration_since(sync::now())) {
                     None => settled.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner),
                     Some(Duration::ZERO) => {
                         in_time = false;

@@ -39,6 +39,7 @@ struct Watch {
 
 /// The body of the keeper thread.
 pub(crate) fn run(shared: &Arc<Shared>) {
+    shared.keeper.settle();
     let mut watch = Watch { finished: 0, next: None, pause: TICK };
     loop {
         for (node, accounts) in (0..).zip(&shared.wanted) {
@@ -54,7 +55,7 @@ pub(crate) fn run(shared: &Arc<Shared>) {
         if state.keeper_over {
             return;
         }
-        let now = Instant::now();
+        let now = sync::now();
         fire(&mut state, now, &mut fx);
         let looked = watch.look(&mut state, now);
         let retry = summon_all(&mut state, now, &mut fx);
@@ -67,13 +68,8 @@ pub(crate) fn run(shared: &Arc<Shared>) {
             watch.act(shared, &suspects);
         }
         let until = [timer, retry, watch.next].into_iter().flatten().min();
-        // Acquire: pairs with the Release in `wake_keeper`.
-        while !more && !shared.keeper_awake.swap(false, Ordering::Acquire) {
-            match until.map(|until| until.saturating_duration_since(Instant::now())) {
-                Some(Duration::ZERO) => break,
-                Some(left) => sync::park_timeout(left),
-                None => sync::park(),
-            }
+        if !more {
+            shared.keeper.sleep(until);
         }
     }
 }
@@ -178,7 +174,7 @@ impl Watch {
         }
         if found {
             self.pause = (self.pause * 2).min(SLOWEST);
-            self.next = Some(Instant::now() + self.pause);
+            self.next = Some(sync::now() + self.pause);
         }
     }
 }

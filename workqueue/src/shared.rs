@@ -1,6 +1,9 @@
 //! What a pool's handles, workers and keeper share, and the operations that go through its lock.
 
-use std::{sync::Arc, sync::OnceLock, time::Duration, time::Instant};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use crate::{
     Error, Refused,
@@ -9,7 +12,7 @@ use crate::{
     keeper,
     list::List,
     state::{QueueState, State},
-    sync::{self, AtomicBool, AtomicU32, AtomicU64, Condvar, JoinHandle, Mutex, MutexGuard, Ordering, Thread},
+    sync::{self, AtomicBool, AtomicU32, AtomicU64, Condvar, JoinHandle, Mutex, MutexGuard, Ordering, Parker},
     sys::{self, Priority},
     topology::Topology,
     worker,
@@ -39,8 +42,8 @@ pub(crate) struct Shared {
     pub(crate) arrivals: AtomicU64,
     /// Set once by `cancel_all`, seen by every run from then on.
     pub(crate) cancel_all: AtomicBool,
-    pub(crate) keeper: OnceLock<Thread>,
-    pub(crate) keeper_awake: AtomicBool,
+    /// Where the keeper sleeps.
+    pub(crate) keeper: Parker,
     pub(crate) keeper_join: Mutex<Option<JoinHandle<()>>>,
     /// Workers that the keeper is to start, for pools whose submitters never do: one count per node and account.
     pub(crate) wanted: Box<[[AtomicU32; 2]]>,
@@ -73,8 +76,7 @@ impl Shared {
             settled: std::array::from_fn(|_| Condvar::new()),
             arrivals: AtomicU64::new(0),
             cancel_all: AtomicBool::new(false),
-            keeper: OnceLock::new(),
-            keeper_awake: AtomicBool::new(false),
+            keeper: Parker::default(),
             keeper_join: Mutex::new(None),
             wanted: (0..topology.len()).map(|_| [AtomicU32::new(0), AtomicU32::new(0)]).collect(),
             topology,
@@ -89,7 +91,6 @@ impl Shared {
         let no_thread = |source| Error::NoThread { name: self.config.name.clone(), source };
         let shared = Arc::clone(self);
         let keeper = sync::spawn(&self.config.name, move || keeper::run(&shared)).map_err(no_thread)?;
-        let _ = self.keeper.set(keeper.thread().clone());
         *sync::lock(&self.keeper_join) = Some(keeper);
         for node in 0..self.topology.len() as u32 {
             self.lock().crew.enlist(node, Account::Bounded);
@@ -124,7 +125,7 @@ impl Shared {
             self.arrivals.fetch_add(1, Ordering::Relaxed);
         }
         for worker in fx.wake.into_iter().flatten() {
-            worker.wake();
+            worker.parker.wake();
         }
         if fx.drained {
             self.drained.notify_all();
@@ -135,7 +136,7 @@ impl Shared {
             } else {
                 // Release: pairs with the keeper's Acquire swap.
                 self.wanted[node as usize][account as usize].fetch_add(1, Ordering::Release);
-                self.wake_keeper();
+                self.keeper.wake();
             }
         }
         for (bit, settled) in self.settled.iter().enumerate() {
@@ -144,21 +145,13 @@ impl Shared {
             }
         }
         if fx.keeper {
-            self.wake_keeper();
+            self.keeper.wake();
         }
     }
 
     /// What is notified when the item in `slot` has got further.
     pub(crate) fn settled(&self, slot: u32) -> &Condvar {
         &self.settled[(slot % SETTLED) as usize]
-    }
-
-    pub(crate) fn wake_keeper(&self) {
-        // Release: pairs with the keeper's Acquire.
-        self.keeper_awake.store(true, Ordering::Release);
-        if let Some(keeper) = self.keeper.get() {
-            keeper.unpark();
-        }
     }
 
     /// Starts a worker that `summon` has already counted. If the system refuses, the count is taken back and the
@@ -269,7 +262,7 @@ impl Shared {
         let slot = state.new_job(queue, node, job.attributes, job.run, job.hook);
         let generation = state.slab[slot].generation;
         if delayed {
-            state.delay(slot, Instant::now() + job.delay, &mut fx);
+            state.delay(slot, sync::now() + job.delay, &mut fx);
         } else {
             state.admit(slot, &mut fx);
         }

@@ -5,7 +5,7 @@ use std::{
     cell::RefCell,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use crate::{
@@ -73,8 +73,7 @@ struct Taken {
 
 /// The body of every worker thread.
 pub(crate) fn run(shared: &Arc<Shared>, number: u32, worker: &Arc<Worker>) {
-    // It is searching, so nobody looks for it among the idle before this is set.
-    let _ = worker.thread.set(sync::current());
+    worker.parker.settle();
     let mut state = shared.lock();
     let node = {
         let me = &mut state.crew.workers[number as usize];
@@ -97,7 +96,7 @@ pub(crate) fn run(shared: &Arc<Shared>, number: u32, worker: &Arc<Worker>) {
                 look(shared, number, &mut fx)
             }
             Next::Sleep(limit) => {
-                sleep(worker, limit);
+                worker.parker.sleep(limit.map(|limit| sync::now() + limit));
                 wake_up(shared, number, &mut fx)
             }
             Next::Exit => break,
@@ -301,7 +300,7 @@ fn returned(
             let slot = state.new_job(queue, node, job.attributes, job.run, job.hook);
             let attributes = state.slab[slot].attributes;
             if delayed {
-                state.delay(slot, Instant::now() + job.delay, fx);
+                state.delay(slot, sync::now() + job.delay, fx);
             } else if may_go_on
                 && again.is_none()
                 && attributes.key.is_none()
@@ -323,7 +322,7 @@ fn returned(
 fn spin(shared: &Shared) {
     // Relaxed: the lock, taken next, orders everything.
     let before = shared.arrivals.load(Ordering::Relaxed);
-    let end = Instant::now() + shared.config.spin;
+    let end = sync::now() + shared.config.spin;
     loop {
         for _ in 0..32 {
             std::hint::spin_loop();
@@ -331,21 +330,8 @@ fn spin(shared: &Shared) {
                 return;
             }
         }
-        if Instant::now() >= end {
+        if sync::now() >= end {
             return;
-        }
-    }
-}
-
-/// Sleeps until woken, or `limit` has passed.
-fn sleep(worker: &Worker, limit: Option<Duration>) {
-    let end = limit.map(|limit| Instant::now() + limit);
-    // Acquire: pairs with the Release in `Worker::wake`.
-    while !worker.awake.swap(false, Ordering::Acquire) {
-        match end.map(|end| end.saturating_duration_since(Instant::now())) {
-            Some(Duration::ZERO) => return,
-            Some(left) => sync::park_timeout(left),
-            None => sync::park(),
         }
     }
 }
