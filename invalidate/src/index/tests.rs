@@ -73,9 +73,9 @@ enum Op {
 }
 
 fn op() -> impl Strategy<Value = Op> {
-    let (at, len, id) = (0_usize..48, 1_usize..9, 0_u64..4);
+    let (at, len, id) = (0_usize..160, 1_usize..9, 0_u64..4);
     prop_oneof![
-        5 => (at.clone(), len.clone(), id.clone(), any::<u32>()).prop_map(|(a, l, i, v)| Op::Insert(a, l, i, v)),
+        6 => (at.clone(), len.clone(), id.clone(), any::<u32>()).prop_map(|(a, l, i, v)| Op::Insert(a, l, i, v)),
         1 => (at.clone(), len.clone(), id).prop_map(|(a, l, i)| Op::Remove(a, l, i)),
         3 => any::<usize>().prop_map(Op::RemoveAny),
         1 => (at.clone(), len).prop_map(|(a, l)| Op::Visit(a, l)),
@@ -87,9 +87,9 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn any_changes_and_questions_agree_with_a_plain_list(ops in proptest::collection::vec(op(), 0..400)) {
+    fn any_changes_and_questions_agree_with_a_plain_list(ops in proptest::collection::vec(op(), 0..1200)) {
         let (index, mut oracle) = (Index::new(), Oracle::default());
-        for op in ops {
+        for (round, op) in ops.into_iter().enumerate() {
             match op {
                 Op::Insert(at, len, id, value) => {
                     let old = index.insert(pages(at, len), id, Arc::new(value));
@@ -114,7 +114,9 @@ proptest! {
                     prop_assert_eq!(told(&index, addr, addr + 1).0, oracle.overlapping(addr, addr + 1));
                 }
             }
-            check(&index);
+            if round.is_multiple_of(16) {
+                check(&index);
+            }
             prop_assert_eq!(index.len(), oracle.0.len());
         }
         prop_assert_eq!(told(&index, 0, usize::MAX).0, oracle.overlapping(0, usize::MAX));
@@ -152,7 +154,7 @@ fn fill_and_empty(order: &[usize], back: &[usize]) {
 
 #[test]
 fn trees_grow_and_shrink_in_any_order() {
-    let up: Vec<_> = (0..3000).collect();
+    let up: Vec<_> = (0..5000).collect();
     let down: Vec<_> = up.iter().rev().copied().collect();
     let mut mixed = up.clone();
     let mut random = Random(1);

@@ -4,8 +4,9 @@
 //! Nodes come from a [`Stock`] that was filled before, and those that were replaced are listed there: nothing here
 //! allocates or frees.
 //!
-//! A node that overflows becomes two halves; at the edge where entries keep arriving in order, a full one and the new
-//! item. A node that falls below a quarter is joined with a neighbour if the two leave room for growth.
+//! A node that overflows shares its items evenly with a neighbour that has room, and otherwise becomes two halves; at an
+//! edge, where entries may keep arriving in order, a full one and the new item. A node that falls below a quarter is
+//! joined with a neighbour if that leaves room for growth.
 
 use std::ptr;
 use std::sync::atomic::Ordering;
@@ -85,11 +86,9 @@ impl List {
 }
 
 impl Stock {
+    /// A node that nobody else knows, with whatever it held before.
     fn take(&mut self) -> *mut Node {
-        let node = self.spare.pop().expect("room was made before the lock was taken");
-        // SAFETY: a spare node is live, and nobody but the owner of the stock knows it.
-        unsafe { (*node).clear() };
-        node
+        self.spare.pop().expect("room was made before the lock was taken")
     }
 
     /// # Safety
@@ -101,6 +100,8 @@ impl Stock {
 }
 
 impl Few {
+    const NONE: Self = Self { items: [Item { low: 0, high: 0, id: 0, link: ptr::null() }; 2], len: 0 };
+
     fn one(item: Item) -> Self {
         Self { items: [item; 2], len: 1 }
     }
@@ -121,10 +122,10 @@ impl Tree {
         self.len
     }
 
-    /// The most spare nodes that one change of this tree takes: a copy of each level, one more where it splits or joins,
-    /// a new root.
+    /// The most spare nodes that one change of this tree takes: two per level where it splits, two more where these share
+    /// with a neighbour, a new root.
     pub(super) fn room(&self) -> usize {
-        2 * self.height + 1
+        4 * self.height + 1
     }
 
     /// Tells `hit` every entry that overlaps `low..high`, in order, and `seen` how many nodes were looked into.
@@ -147,7 +148,9 @@ impl Tree {
         if self.height == 0 {
             let root = stock.take();
             // SAFETY: a node of the stock is ours alone.
-            unsafe { (*root).push(item) };
+            let into = unsafe { &mut *root };
+            into.clear();
+            into.push(item);
             return (Self { root, height: 1, len: 1 }, None);
         }
         // SAFETY: the nodes are alive.
@@ -155,7 +158,7 @@ impl Tree {
         let (leaf, at) = (&mut path.0[self.height - 1], place.unwrap_or_else(|at| at));
         leaf.1 = at;
         // SAFETY: the nodes are alive.
-        let old = place.ok().map(|at| unsafe { &*leaf.0 }.item(at).link);
+        let old = place.ok().map(|at| unsafe { &*leaf.0 }.link(at));
         let len = self.len + usize::from(old.is_none());
         // SAFETY: passed on; the path was just taken from this tree.
         let tree = unsafe { self.rewrite(stock, &mut path, usize::from(old.is_some()), Few::one(item)) };
@@ -180,7 +183,7 @@ impl Tree {
             return None;
         }
         // SAFETY: passed on; the path was just taken from this tree.
-        let tree = unsafe { self.rewrite(stock, &mut path, 1, Few { len: 0, ..Few::one(old) }) };
+        let tree = unsafe { self.rewrite(stock, &mut path, 1, Few::NONE) };
         Some((Self { len: self.len - 1, ..tree }, old.link))
     }
 
@@ -195,7 +198,7 @@ impl Tree {
             // SAFETY: alive by the contract.
             let inner = unsafe { &*node };
             *step = (node, inner.child_for(key));
-            node = inner.item(step.1).link.cast();
+            node = inner.link(step.1).cast();
         }
         path.0[self.height - 1].0 = node;
         // SAFETY: alive by the contract.
@@ -215,10 +218,10 @@ impl Tree {
             // SAFETY: it was reachable from this tree, and each node is on the path once.
             unsafe { stock.replace(node) };
             gone = 1;
-            if let ([only], Some(parent)) = (new.as_slice(), depth.checked_sub(1)) {
-                // SAFETY: the parent and its children are alive; `only` stands for the child at the parent's place.
-                if let Some(joined) = unsafe { join(stock, &mut path.0[parent], *only) } {
-                    (new, gone) = (Few::one(joined), 2);
+            if let Some(parent) = depth.checked_sub(1) {
+                // SAFETY: the parent and its children are alive; `new` stands for the child at the parent's place.
+                if let Some(shared) = unsafe { share(stock, &mut path.0[parent], new) } {
+                    (new, gone) = (shared, 2);
                 }
             }
         }
@@ -239,10 +242,10 @@ impl Tree {
                 height += 1;
                 assert!(height <= MAX_HEIGHT, "nodes are a quarter full on average");
                 let root = stock.take();
-                for &item in two {
-                    // SAFETY: a node of the stock is ours alone.
-                    unsafe { (*root).push(item) };
-                }
+                // SAFETY: a node of the stock is ours alone.
+                let into = unsafe { &mut *root };
+                into.clear();
+                two.iter().for_each(|&item| into.push(item));
                 root
             }
         };
@@ -254,7 +257,7 @@ impl Tree {
             }
             // SAFETY: it is reachable from `new` and is left out of the tree here.
             unsafe { stock.replace(root) };
-            root = node.item(0).link.cast();
+            root = node.link(0).cast();
             height -= 1;
         }
     }
@@ -296,12 +299,11 @@ unsafe fn visit_below(
     let node = unsafe { &*node };
     seen();
     for at in node.overlapping(low, high) {
-        let item = node.item(at);
         if height == 1 {
-            hit(item);
+            hit(node.item(at));
         } else {
             // SAFETY: above the leaves a link is a child, alive by the contract.
-            unsafe { visit_below(item.link.cast(), height - 1, low, high, seen, hit) };
+            unsafe { visit_below(node.link(at).cast(), height - 1, low, high, seen, hit) };
         }
     }
 }
@@ -310,71 +312,86 @@ unsafe fn visit_below(
 fn splice(stock: &mut Stock, node: &Node, at: usize, gone: usize, new: Few) -> Few {
     let new = new.as_slice();
     let total = node.len() - gone + new.len();
-    let make = |stock: &mut Stock, from: usize, to: usize| {
+    if total == 0 {
+        return Few::NONE;
+    }
+    if total <= WIDTH {
         let made = stock.take();
         // SAFETY: a node of the stock is ours alone.
         let into = unsafe { &mut *made };
-        // Places `from..to` of: the items before `at`, the new ones, the items after those that are gone.
-        let (middle, tail) = (at, at + new.len());
-        if from < middle {
-            into.extend(node, from..to.min(middle));
-        }
-        for place in from.max(middle)..to.min(tail) {
-            into.push(new[place - middle]);
-        }
-        if to > tail {
-            let shift = |place: usize| place - new.len() + gone;
-            into.extend(node, shift(from.max(tail))..shift(to));
-        }
-        into.summary(made.cast_const().cast())
+        into.become_spliced(node, at, gone, new);
+        return Few::one(into.summary(made.cast_const().cast()));
+    }
+    let item = |place: usize| match place {
+        _ if place < at => node.item(place),
+        _ if place < at + new.len() => new[place - at],
+        _ => node.item(place - new.len() + gone),
     };
-    if total == 0 {
-        return Few { items: [Item { low: 0, high: 0, id: 0, link: ptr::null() }; 2], len: 0 };
-    }
-    if total <= WIDTH {
-        return Few::one(make(stock, 0, total));
-    }
     let cut = match at {
         _ if at + gone == node.len() => total - 1,
         0 => 1,
         _ => total / 2,
     };
-    Few { items: [make(stock, 0, cut), make(stock, cut, total)], len: 2 }
+    let halves = [0..cut, cut..total].map(|part| {
+        let made = stock.take();
+        // SAFETY: a node of the stock is ours alone.
+        let into = unsafe { &mut *made };
+        into.clear();
+        part.for_each(|place| into.push(item(place)));
+        into.summary(made.cast_const().cast())
+    });
+    Few { items: halves, len: 2 }
 }
 
-/// Joins the new child `only` with its neighbour in `parent`, if it is small and the two fit well into one node. The
-/// parent's place then is the first of the two.
+/// Shares the items of the one or two new nodes that take a child's place with a neighbour of that child, between as many
+/// nodes as there are new: one that is small is joined, two that were just split need not both stay. `None` if they stay as
+/// they are. The parent's place then is the first of the two children that are gone.
 ///
 /// # Safety
-/// `parent` is a live node and the place in it of the child that `only` replaces; its children are alive.
-unsafe fn join(stock: &mut Stock, parent: &mut (*const Node, usize), only: Item) -> Option<Item> {
-    let small: *const Node = only.link.cast();
-    // SAFETY: the node that `only` stands for was just made.
-    let child = unsafe { &*small };
+/// `parent` is a live node and the place in it of the child that `new` replaces; its children are alive.
+unsafe fn share(stock: &mut Stock, parent: &mut (*const Node, usize), new: Few) -> Option<Few> {
     // SAFETY: alive by the contract.
     let above = unsafe { &*parent.0 };
-    if child.len() >= WIDTH / 4 || above.len() < 2 {
-        return None;
-    }
     let at = parent.1;
-    let beside: *const Node = above.item(if at > 0 { at - 1 } else { 1 }).link.cast();
-    // SAFETY: alive by the contract.
-    let neighbour = unsafe { &*beside };
-    if child.len() + neighbour.len() > WIDTH * 3 / 4 {
+    if above.len() < 2 || new.len == 0 {
         return None;
     }
-    let (first, second) = if at > 0 { (neighbour, child) } else { (child, neighbour) };
-    let made = stock.take();
-    // SAFETY: a node of the stock is ours alone.
-    let into = unsafe { &mut *made };
-    into.extend(first, 0..first.len());
-    into.extend(second, 0..second.len());
-    parent.1 = at.saturating_sub(1);
-    for node in [small, beside] {
-        // SAFETY: one was just made from the stock, the other is reachable from the tree under change and leaves it here.
-        unsafe { stock.replace(node) };
+    let beside = above.link(if at > 0 { at - 1 } else { 1 });
+    let halves = new.items.map(|item| item.link);
+    let links: &[Link] = match (at > 0, new.len) {
+        (true, 1) => &[beside, halves[0]],
+        (true, _) => &[beside, halves[0], halves[1]],
+        (false, 1) => &[halves[0], beside],
+        (false, _) => &[halves[0], halves[1], beside],
+    };
+    // SAFETY: the new nodes were just made, the neighbour is alive by the contract.
+    let node = |link: Link| unsafe { &*link.cast::<Node>() };
+    let small = halves[..new.len].iter().map(|&link| node(link).len()).min()?;
+    let total: usize = links.iter().map(|&link| node(link).len()).sum();
+    let fits = match new.len {
+        1 => small < WIDTH / 4 && total <= WIDTH * 3 / 4,
+        _ => small > 1 && total <= 2 * (WIDTH * 7 / 8),
+    };
+    if !fits {
+        return None;
     }
-    Some(into.summary(made.cast_const().cast()))
+    let mut items = links.iter().flat_map(|&link| (0..node(link).len()).map(move |at| node(link).item(at)));
+    let parts = [total.div_ceil(new.len), total];
+    let mut shared = Few { len: new.len, ..Few::NONE };
+    for (place, part) in shared.items[..new.len].iter_mut().zip(parts) {
+        let made = stock.take();
+        // SAFETY: a node of the stock is ours alone.
+        let into = unsafe { &mut *made };
+        into.clear();
+        items.by_ref().take(part).for_each(|item| into.push(item));
+        *place = into.summary(made.cast_const().cast());
+    }
+    parent.1 = at.saturating_sub(1);
+    for &link in links {
+        // SAFETY: some were just made from the stock, one is reachable from the tree under change and leaves it here.
+        unsafe { stock.replace(link.cast()) };
+    }
+    Some(shared)
 }
 
 #[cfg(test)]
