@@ -124,7 +124,11 @@ impl WatchList {
     /// # Errors
     /// [`WatchError::Defunct`], [`WatchError::Exists`] if it hears of that already, [`WatchError::Limit`]: in this order.
     pub fn add_watch(&self, queue: &WatchQueue, scope: Scope, tag: u8) -> Result<(), WatchError> {
-        self.inner.add(&Arc::downgrade(&self.inner), &queue.inner, scope, tag)
+        self.add_queue(&queue.inner, scope, tag)
+    }
+
+    pub(super) fn add_queue(&self, queue: &Arc<QueueInner>, scope: Scope, tag: u8) -> Result<(), WatchError> {
+        self.inner.add(&Arc::downgrade(&self.inner), queue, scope, tag)
     }
 
     /// Ends a watch. Its queue gets a removal record.

@@ -22,6 +22,46 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! # Waiting
+//!
+//! [`WatchQueue::read_timeout`] sleeps. Any event loop can sleep instead: the queue is one descriptor, readable while there is something to read. With
+//! tokio, for example:
+//!
+//! ```
+//! use pinfold_core::watch::{ReadError, Record, WatchQueue, records};
+//! use tokio::io::unix::AsyncFd;
+//!
+//! async fn next(queue: &AsyncFd<WatchQueue>) -> std::io::Result<Vec<Record>> {
+//!     loop {
+//!         let mut ready = queue.readable().await?;
+//!         let mut bytes = [0; 4096];
+//!         match queue.get_ref().read(&mut bytes) {
+//!             Err(ReadError::Empty) => ready.clear_ready(),
+//!             Err(error) => return Err(std::io::Error::from_raw_os_error(error.errno())),
+//!             Ok(len) => return Ok(records(&bytes[..len]).flatten().collect()), // none: the queue was cleared
+//!         }
+//!     }
+//! }
+//! # use pinfold_core::watch::{Scope, UserptrNote, WatchConfig, WatchList};
+//! # let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+//! # runtime.block_on(async {
+//! #     let (list, queue) = (WatchList::new(), WatchQueue::new(WatchConfig::default())?);
+//! #     list.add_watch(&queue, Scope::All, 0)?;
+//! #     let queue = AsyncFd::new(queue)?;
+//! #     let poster = std::thread::spawn(move || {
+//! #         for object in 0..100 { list.post(object, &UserptrNote { object, ..Default::default() }.record()); }
+//! #         list
+//! #     });
+//! #     let mut got = 0;
+//! #     while got < 100 { got += next(&queue).await?.len(); }
+//! #     poster.join().expect("the posting thread");
+//! #     queue.get_ref().clear();
+//! #     while !next(&queue).await?.is_empty() {}
+//! #     Ok::<(), Box<dyn std::error::Error>>(())
+//! # })?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! # Bytes of a record
 //!
 //! All fields are native-endian. A reader steps over types, and over trailing bytes, that it doesn't know.
@@ -33,7 +73,7 @@
 //! | META, type 0 | | 0 removed, 1 lost |
 //! | – removed | 8..16 | object id; left out (length 8) if it is 0 |
 //! | KEY_NOTIFY, type 1 | 8..12, 12..16 | key, other word; the kernel's |
-//! | USERPTR, type 64 | | 0 registered, 1 queued, 2 acquired, 3 invalidated, 4 faulted, 5 submitted, 6 retired, 7 late, 8 closed, 9 present, 10 forked |
+//! | USERPTR, type 64 | | 0 registered, 1 queued, 2 acquired, 3 invalidated, 4 faulted, 5 submitted, 6 retired, 7 late, 8 closed, 9 present, 10 forked, 11 all present |
 //! | | flags | bit 16 LATE, bit 17 NOHOLD, bit 18 the device writes it |
 //! | | 8..16 | object id |
 //! | | 16..24 | generation |
@@ -79,6 +119,8 @@ mod note;
 mod queue;
 mod record;
 mod ring;
+#[cfg(not(loom))]
+pub mod share;
 mod signal;
 mod snapshot;
 mod sync;

@@ -131,6 +131,8 @@ pub enum UserptrEvent {
     Present,
     /// This process is a forked child: the object is the parent's.
     Forked,
+    /// Every object that there was when the reader came has been told as [`Present`](Self::Present).
+    AllPresent,
 }
 
 impl Code for UserptrEvent {
@@ -146,6 +148,7 @@ impl Code for UserptrEvent {
         Self::Closed,
         Self::Present,
         Self::Forked,
+        Self::AllPresent,
     ];
 }
 

@@ -18,6 +18,8 @@ use super::list::{ListInner, Scope};
 use super::note::Note;
 use super::record::{MAX_RECORD_LEN, Record, TYPE_META};
 use super::ring::{Push, Ring, Slots};
+#[cfg(not(loom))]
+use super::share::Caller;
 use super::signal::Signal;
 use super::snapshot::Snapshot;
 use super::sync::atomic::{AtomicUsize, Ordering};
@@ -205,23 +207,9 @@ impl WatchQueue {
     /// # Errors
     /// [`OpenError::Size`] if the capacity is out of bounds, [`OpenError::Signal`] if there are no file descriptors left.
     pub fn new(config: WatchConfig) -> Result<Self, OpenError> {
-        let inner = QueueInner {
-            ring: Ring::new(),
-            bell: Bell::new(Signal::new().map_err(OpenError::Signal)?),
-            filter: Snapshot::empty(),
-            policy: config.policy,
-            strict: config.strict,
-            wake: config.wake,
-            limit: config.limit,
-            reader: Mutex::new(Reader { high_water: 0 }),
-            removals: Mutex::new(VecDeque::new()),
-            removals_waiting: AtomicUsize::new(0),
-            removals_total: AtomicU64::new(0),
-            watches: Mutex::new(Some(Vec::new())),
-            filtered: AtomicU64::new(0),
-            denied: AtomicU64::new(0),
-            lost: AtomicU64::new(0),
-        };
+        let bell = Bell::new(Signal::new().map_err(OpenError::Signal)?);
+        let inner = QueueInner::new(Ring::new(), Wakeup::Bell(bell), config.policy, config.limit);
+        let inner = QueueInner { strict: config.strict, wake: config.wake, ..inner };
         if !config.sized_later {
             inner.size(config.capacity.unwrap_or(MAX_COMPATIBLE_SIZE), MAX_CAPACITY)?;
         }
@@ -264,8 +252,8 @@ impl WatchQueue {
     fn read_at_most(&self, out: &mut [u8], records: usize) -> Result<usize, ReadError> {
         let mut reader = lock(&self.inner.reader);
         let read = self.inner.read(&mut reader, out, records);
-        if self.inner.bell.is_level() {
-            self.inner.bell.arm(|| self.inner.readable());
+        if self.inner.bell().is_level() {
+            self.inner.bell().arm(|| self.inner.readable());
         }
         read
     }
@@ -298,7 +286,7 @@ impl WatchQueue {
             None => -1,
         };
         let mut fd =
-            libc::pollfd { fd: self.inner.bell.signal().as_fd().as_raw_fd(), events: libc::POLLIN, revents: 0 };
+            libc::pollfd { fd: self.inner.bell().signal().as_fd().as_raw_fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: `fd` is one writable pollfd for the length of the call, and its descriptor lives as long as `self`.
         unsafe { libc::poll(&raw mut fd, 1, timeout) };
         // Readable, timed out, or interrupted: the caller's loop finds out by looking.
@@ -324,7 +312,7 @@ impl WatchQueue {
     /// For [`Wake::OnDemand`]: read until [`ReadError::Empty`], arm, and wait only if this answers false.
     pub fn arm(&self) -> bool {
         let _reader = lock(&self.inner.reader);
-        self.inner.bell.arm(|| self.inner.readable())
+        self.inner.bell().arm(|| self.inner.readable())
     }
 
     /// The queue goes away: no post reaches it any more, and it watches nothing any more. What it holds can still be read; then a read answers 0.
@@ -363,12 +351,12 @@ impl AsFd for WatchQueue {
     fn as_fd(&self) -> BorrowedFd<'_> {
         let inner = &self.inner;
         // Nobody could poll before the first time that somebody asked for the descriptor, so until then it needn't be kept right.
-        if inner.wake == Wake::Level && !inner.bell.is_level() {
+        if inner.wake == Wake::Level && !inner.bell().is_level() {
             let _reader = lock(&inner.reader);
-            inner.bell.keep_level();
-            inner.bell.arm(|| inner.readable());
+            inner.bell().keep_level();
+            inner.bell().arm(|| inner.readable());
         }
-        inner.bell.signal().as_fd()
+        inner.bell().signal().as_fd()
     }
 }
 
@@ -385,6 +373,15 @@ pub(super) struct Attachment {
     pub(super) scope: Scope,
 }
 
+/// How a post wakes the reader.
+pub(super) enum Wakeup {
+    /// The reader is in this process.
+    Bell(Bell),
+    /// The reader is in another process.
+    #[cfg(not(loom))]
+    Caller(Caller),
+}
+
 /// What only a reader touches.
 struct Reader {
     high_water: u64,
@@ -393,7 +390,7 @@ struct Reader {
 /// The queue itself, which watch lists hold too.
 pub(super) struct QueueInner {
     ring: Ring,
-    bell: Bell,
+    wakeup: Wakeup,
     filter: Snapshot<Filter>,
     policy: Option<Box<Policy>>,
     strict: bool,
@@ -413,10 +410,28 @@ pub(super) struct QueueInner {
     pub(super) watches: Mutex<Option<Vec<Attachment>>>,
     filtered: AtomicU64,
     denied: AtomicU64,
-    lost: AtomicU64,
 }
 
 impl QueueInner {
+    pub(super) fn new(ring: Ring, wakeup: Wakeup, policy: Option<Box<Policy>>, limit: WatchLimit) -> Self {
+        Self {
+            ring,
+            wakeup,
+            filter: Snapshot::empty(),
+            policy,
+            strict: false,
+            wake: Wake::Level,
+            limit,
+            reader: Mutex::new(Reader { high_water: 0 }),
+            removals: Mutex::new(VecDeque::new()),
+            removals_waiting: AtomicUsize::new(0),
+            removals_total: AtomicU64::new(0),
+            watches: Mutex::new(Some(Vec::new())),
+            filtered: AtomicU64::new(0),
+            denied: AtomicU64::new(0),
+        }
+    }
+
     fn size(&self, records: usize, max: usize) -> Result<(), SizeError> {
         if let Some(limit) = self.ring.limit() {
             return Err(SizeError::AlreadySized(limit as usize));
@@ -428,12 +443,37 @@ impl QueueInner {
         self.ring.set_slots(slots).map_err(|_| SizeError::AlreadySized(self.capacity_now()))?;
         // Records lost so far have become readable as a loss.
         if !self.strict {
-            self.bell.ring_if_armed();
+            self.call();
         }
         Ok(())
     }
 
-    fn capacity_now(&self) -> usize {
+    /// The bell of a queue that is read in this process, as every [`WatchQueue`] is.
+    fn bell(&self) -> &Bell {
+        match &self.wakeup {
+            Wakeup::Bell(bell) => bell,
+            #[cfg(not(loom))]
+            Wakeup::Caller(_) => unreachable!("a queue that another process reads has no reader here"),
+        }
+    }
+
+    /// Wakes the reader if it wants to be woken. The caller has just published something with a `SeqCst` write.
+    #[inline]
+    fn call(&self) {
+        match &self.wakeup {
+            Wakeup::Bell(bell) => bell.ring_if_armed(),
+            #[cfg(not(loom))]
+            Wakeup::Caller(caller) => caller.call_if_armed(),
+        }
+    }
+
+    /// How many more records fit now, if nobody else posts.
+    #[cfg(not(loom))]
+    pub(super) fn room(&self) -> u64 {
+        self.ring.limit().unwrap_or(0).saturating_sub(self.ring.usage().1)
+    }
+
+    pub(super) fn capacity_now(&self) -> usize {
         self.ring.limit().map_or(0, |limit| limit as usize)
     }
 
@@ -450,7 +490,7 @@ impl QueueInner {
         }
         if self.strict && self.ring.limit().is_none() {
             // The kernel forgets these without a mark.
-            self.lost.fetch_add(1, Ordering::Relaxed);
+            self.ring.count_lost();
             return;
         }
         self.store(record);
@@ -459,12 +499,12 @@ impl QueueInner {
     #[inline]
     fn store(&self, record: &Record) {
         match self.ring.push_or_mark_lost(record) {
-            Push::Stored => self.bell.ring_if_armed(),
+            Push::Stored => self.call(),
             Push::Full(_) => {
-                self.lost.fetch_add(1, Ordering::Relaxed);
+                self.ring.count_lost();
                 // The kernel doesn't wake for a loss.
                 if !self.strict {
-                    self.bell.ring_if_armed();
+                    self.call();
                 }
             }
             Push::Defunct => {}
@@ -479,9 +519,9 @@ impl QueueInner {
             }
             return;
         }
-        let position = match self.ring.push(record) {
+        let position = match self.ring.push_removal(record) {
             Push::Full(position) => position,
-            Push::Stored => return self.bell.ring_if_armed(),
+            Push::Stored => return self.call(),
             Push::Defunct => return,
         };
         let mut removals = lock(&self.removals);
@@ -490,7 +530,7 @@ impl QueueInner {
         // SeqCst: the bell is looked at next.
         self.removals_waiting.store(removals.len(), Ordering::SeqCst);
         drop(removals);
-        self.bell.ring_if_armed();
+        self.call();
     }
 
     /// Makes room for the removal record of one more watch, there being `watches` already.
@@ -547,9 +587,9 @@ impl QueueInner {
         Ok(len)
     }
 
-    fn clear(&self) {
+    pub(super) fn clear(&self) {
         self.ring.close();
-        self.bell.ring_if_armed();
+        self.call();
         // Taken out before the lists are visited: a list's lock comes before this one.
         let attachments = lock(&self.watches).take();
         for Attachment { list, scope } in attachments.into_iter().flatten() {
@@ -567,7 +607,7 @@ impl QueueInner {
     fn counters(&self) -> Counters {
         let (stored, pending) = self.ring.usage();
         let waiting = self.removals_waiting.load(Ordering::Relaxed) as u64;
-        let lost = self.lost.load(Ordering::Relaxed);
+        let lost = self.ring.lost();
         let high_water = lock(&self.reader).high_water.max(pending);
         Counters {
             posted: stored + self.removals_total.load(Ordering::Relaxed) + lost,

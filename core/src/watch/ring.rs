@@ -16,11 +16,16 @@
 //! ```
 //!
 //! `head`, the slots and `LOST` are written by posts only, `tail` by the reader only. That is why `tail` may lie in memory that another
-//! process owns: it is read at most once per try, checked against `head`, and never used as an index.
+//! process owns: it is read at most once per try, checked against `head`, and never used as an index. The reader's half of this file runs
+//! there too, over a mapping of `head` and slots that it can't write.
 
+#[cfg(not(loom))]
+use std::sync::Arc;
 use std::sync::OnceLock;
 
 use super::record::{HEADER_LEN, Record, SLOT_LEN};
+#[cfg(not(loom))]
+use super::share::SharedRing;
 use super::sync::atomic::{AtomicU64, Ordering};
 
 const WORDS: usize = SLOT_LEN / 8;
@@ -52,17 +57,34 @@ impl Slot {
 /// The slots of a ring, a power of two of them, and how many may be in use at once.
 #[derive(Debug)]
 pub(super) struct Slots {
-    slots: Box<[Slot]>,
+    memory: Memory,
     limit: u64,
+    /// How many more a removal record may use.
+    reserve: u64,
+}
+
+/// Where slots are.
+#[derive(Debug)]
+enum Memory {
+    Owned(Box<[Slot]>),
+    #[cfg(not(loom))]
+    Shared(Arc<SharedRing>),
 }
 
 impl Slots {
     pub(super) fn new(limit: usize) -> Self {
-        Self { slots: (0..limit.next_power_of_two()).map(|_| Slot::new()).collect(), limit: limit as u64 }
+        let slots = (0..limit.next_power_of_two()).map(|_| Slot::new()).collect();
+        Self { memory: Memory::Owned(slots), limit: limit as u64, reserve: 0 }
     }
 
+    #[inline]
     fn at(&self, position: u64) -> &Slot {
-        &self.slots[position as usize & (self.slots.len() - 1)]
+        let slots = match &self.memory {
+            Memory::Owned(slots) => slots,
+            #[cfg(not(loom))]
+            Memory::Shared(shared) => shared.slots(),
+        };
+        &slots[position as usize & (slots.len() - 1)]
     }
 }
 
@@ -101,25 +123,92 @@ pub(super) struct Next {
     pub(super) end: bool,
 }
 
+/// What posts write beside the slots.
+#[derive(Debug)]
+#[repr(C)]
+pub(super) struct WriterWords {
+    /// Position of the next record and the two flags. Moved by posts with compare-exchange, so that all three change together.
+    pub(super) head: Line<AtomicU64>,
+    /// How many records found no room.
+    pub(super) lost: Line<AtomicU64>,
+}
+
+/// What the reader writes.
+#[derive(Debug)]
+#[repr(C)]
+pub(super) struct ReaderWords {
+    /// Position of the next record to take. Written under the reader's lock.
+    pub(super) tail: Line<AtomicU64>,
+    /// How often the reader has armed its bell. Used only between processes.
+    pub(super) armed: Line<AtomicU64>,
+}
+
+/// Where the words are.
+#[derive(Debug)]
+enum Words {
+    Owned(Box<(WriterWords, ReaderWords)>),
+    #[cfg(not(loom))]
+    Shared(Arc<SharedRing>),
+}
+
 #[derive(Debug)]
 pub(super) struct Ring {
-    /// Position of the next record and the two flags. Moved by posts with compare-exchange, so that all three change together.
-    head: Line<AtomicU64>,
+    words: Words,
     /// A position that `tail` has reached. Saves posts from touching the reader's cache line while there is room by this measure.
     seen: Line<AtomicU64>,
-    /// Position of the next record to take. Written by the reader, under its lock.
-    tail: Line<AtomicU64>,
     slots: OnceLock<Slots>,
 }
 
 impl Ring {
     pub(super) fn new() -> Self {
-        Self {
-            head: Line(AtomicU64::new(0)),
-            seen: Line(AtomicU64::new(0)),
-            tail: Line(AtomicU64::new(0)),
-            slots: OnceLock::new(),
+        let zero = || Line(AtomicU64::new(0));
+        let words = (WriterWords { head: zero(), lost: zero() }, ReaderWords { tail: zero(), armed: zero() });
+        Self { words: Words::Owned(Box::new(words)), seen: zero(), slots: OnceLock::new() }
+    }
+
+    /// A ring over memory that two processes share: in the one that posts, or in the one that reads.
+    #[cfg(not(loom))]
+    pub(super) fn shared(shared: Arc<SharedRing>, limit: u64, reserve: u64) -> Self {
+        let slots = Slots { memory: Memory::Shared(Arc::clone(&shared)), limit, reserve };
+        Self { words: Words::Shared(shared), seen: Line(AtomicU64::new(0)), slots: OnceLock::from(slots) }
+    }
+
+    #[inline]
+    fn head(&self) -> &AtomicU64 {
+        &self.writer().head.0
+    }
+
+    #[inline]
+    fn tail(&self) -> &AtomicU64 {
+        &self.reader().tail.0
+    }
+
+    #[inline]
+    fn writer(&self) -> &WriterWords {
+        match &self.words {
+            Words::Owned(words) => &words.0,
+            #[cfg(not(loom))]
+            Words::Shared(shared) => shared.writer(),
         }
+    }
+
+    #[inline]
+    fn reader(&self) -> &ReaderWords {
+        match &self.words {
+            Words::Owned(words) => &words.1,
+            #[cfg(not(loom))]
+            Words::Shared(shared) => shared.reader(),
+        }
+    }
+
+    /// Counts a record that found no room.
+    pub(super) fn count_lost(&self) {
+        self.writer().lost.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How many records found no room.
+    pub(super) fn lost(&self) -> u64 {
+        self.writer().lost.0.load(Ordering::Relaxed)
     }
 
     /// Gives the ring its slots, once; gives them back if it has some.
@@ -131,9 +220,9 @@ impl Ring {
         self.slots.get().map(|slots| slots.limit)
     }
 
-    /// Stores a record, or answers why not. A record that finds no room leaves no mark yet; [`mark_lost`](Self::mark_lost) does.
+    /// Stores a removal record, for which the reserve is kept. If even that is full, nothing is stored and nothing marked.
     #[inline]
-    pub(super) fn push(&self, record: &Record) -> Push {
+    pub(super) fn push_removal(&self, record: &Record) -> Push {
         self.push_or(record, false)
     }
 
@@ -146,16 +235,17 @@ impl Ring {
     #[inline]
     fn push_or(&self, record: &Record, mark: bool) -> Push {
         // Acquire: what the threads did that moved `head` here, to set a flag or to take the position before ours.
-        let mut head = self.head.0.load(Ordering::Acquire);
+        let mut head = self.head().load(Ordering::Acquire);
         loop {
             if head & DEFUNCT != 0 {
                 return Push::Defunct;
             }
             let position = head >> HEAD_SHIFT;
             let slots = self.slots.get();
-            let room = slots.map_or(Room::Full, |slots| self.room(position, slots.limit));
+            let room = slots
+                .map_or(Room::Full, |slots| self.room(position, slots.limit + if mark { 0 } else { slots.reserve }));
             if room == Room::Stale {
-                let now = self.head.0.load(Ordering::Acquire);
+                let now = self.head().load(Ordering::Acquire);
                 if now != head {
                     head = now;
                     continue;
@@ -168,7 +258,7 @@ impl Ring {
                     return Push::Full(position);
                 }
                 // SeqCst: the bell is looked at next. If `head` has moved meanwhile, there may be room again.
-                match self.head.0.compare_exchange_weak(head, head | LOST, Ordering::SeqCst, Ordering::Acquire) {
+                match self.head().compare_exchange_weak(head, head | LOST, Ordering::SeqCst, Ordering::Acquire) {
                     Ok(_) => return Push::Full(position),
                     Err(now) => head = now,
                 }
@@ -176,7 +266,7 @@ impl Ring {
             };
             let next = (position + 1) << HEAD_SHIFT;
             // AcqRel: chains the posts, so that whoever takes position p has seen all that was before p.
-            match self.head.0.compare_exchange_weak(head, next, Ordering::AcqRel, Ordering::Acquire) {
+            match self.head().compare_exchange_weak(head, next, Ordering::AcqRel, Ordering::Acquire) {
                 Ok(_) => {
                     fill(slots.at(position), record);
                     let commit = (position + 1) << 1 | if head & LOST != 0 { LOST_BEFORE } else { 0 };
@@ -198,7 +288,7 @@ impl Ring {
             return Room::Free;
         }
         // Acquire: the reader has left the slots before its position.
-        let tail = self.tail.0.load(Ordering::Acquire) >> 1;
+        let tail = self.tail().load(Ordering::Acquire) >> 1;
         if tail > position {
             return Room::Stale;
         }
@@ -212,26 +302,26 @@ impl Ring {
     /// Refuses every post from now on.
     pub(super) fn close(&self) {
         // SeqCst: the bell is looked at next.
-        self.head.0.fetch_or(DEFUNCT, Ordering::SeqCst);
+        self.head().fetch_or(DEFUNCT, Ordering::SeqCst);
     }
 
     pub(super) fn is_defunct(&self) -> bool {
         // Relaxed: an early answer; a post decides by its own compare-exchange.
-        self.head.0.load(Ordering::Relaxed) & DEFUNCT != 0
+        self.head().load(Ordering::Relaxed) & DEFUNCT != 0
     }
 
     /// Records stored so far, and records that are stored now.
     pub(super) fn usage(&self) -> (u64, u64) {
         // The tail first: it only grows, so the difference is never negative. Acquire keeps the two loads in this order.
-        let tail = self.tail.0.load(Ordering::Acquire) >> 1;
-        let head = self.head.0.load(Ordering::Relaxed) >> HEAD_SHIFT;
+        let tail = self.tail().load(Ordering::Acquire) >> 1;
+        let head = self.head().load(Ordering::Relaxed) >> HEAD_SHIFT;
         (head, head.saturating_sub(tail))
     }
 
     /// Looks at the reader's position. The caller holds the reader's lock, or only wants to know whether a read would find something.
     pub(super) fn next(&self) -> Next {
         // Acquire: a caller without the lock must not see a slot older than the position.
-        let tail = self.tail.0.load(Ordering::Acquire);
+        let tail = self.tail().load(Ordering::Acquire);
         let (position, reported) = (tail >> 1, tail & REPORTED != 0);
         let Some(slots) = self.slots.get() else {
             // Nothing can be read before there are slots, not even the mark of what was lost so far: more may be lost at this very position.
@@ -243,7 +333,7 @@ impl Ring {
         if commit >> 1 == position + 1 {
             return Next { position, lost: commit & LOST_BEFORE != 0 && !reported, record: true, end: false };
         }
-        let head = self.head.0.load(Ordering::SeqCst);
+        let head = self.head().load(Ordering::SeqCst);
         let last = head >> HEAD_SHIFT == position;
         Next { position, lost: last && head & LOST != 0 && !reported, record: false, end: last && head & DEFUNCT != 0 }
     }
@@ -268,12 +358,12 @@ impl Ring {
     /// Frees the slot of this position. The caller holds the reader's lock.
     pub(super) fn advance(&self, position: u64) {
         // Release: pairs with the Acquire in `room`; the bytes were copied out before the slot may be filled again.
-        self.tail.0.store((position + 1) << 1, Ordering::Release);
+        self.tail().store((position + 1) << 1, Ordering::Release);
     }
 
     /// Remembers that the loss before this position is reported. The caller holds the reader's lock.
     pub(super) fn report_loss(&self, position: u64) {
-        self.tail.0.store(position << 1 | REPORTED, Ordering::Release);
+        self.tail().store(position << 1 | REPORTED, Ordering::Release);
     }
 }
 
