@@ -273,6 +273,14 @@ mod tests {
     }
 
     #[test]
+    fn a_copy_that_makes_no_progress_ends_with_an_error() {
+        let mut to = [0_u8; 3];
+        let start = NonNull::new(to.as_mut_ptr()).unwrap();
+        // SAFETY: `to` has room, and nothing is written.
+        assert_eq!(unsafe { copy_by(|_, _, left| Ok(usize::from(left > 1)), start, 0, 3) }, Err(Errno::EFAULT));
+    }
+
+    #[test]
     fn a_hole_in_the_source_is_an_error_and_no_signal() {
         both_ways(|read| {
             let len = 4 * page_size();
