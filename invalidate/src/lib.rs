@@ -41,6 +41,7 @@
 //! those who watch it; [`Space::mutate`] is for mutations known beforehand; [`on_event_path`] enforces the one rule of handlers.
 
 mod bracket;
+mod dirty;
 mod event_path;
 mod fork;
 mod gate;
@@ -48,6 +49,7 @@ pub mod index;
 mod ledger;
 mod maps;
 mod monitor;
+mod pagemap;
 mod range;
 mod settle;
 mod space;
@@ -57,10 +59,12 @@ mod watch;
 mod watchdog;
 
 pub use bracket::{MutateError, in_bracket};
+pub use dirty::{DirtyTracker, Taken};
 pub use event_path::on_event_path;
 pub use gate::{Era, Gate, Visit};
 pub use index::{Entry, Index};
 pub use maps::{Backing, FileId, Mapping, MapsError, Protection, mapping_at, mappings};
+pub use pagemap::any_present;
 pub use range::{HostRange, MAX_PAGES, RangeError, USER_SPACE_END, page_size};
 pub use space::{Cause, Change, DEFAULT_DEADLINE, MAX_DEADLINE, SHARDS, Shards, Space, SpaceError, SpaceStats, Target};
 pub use watch::{Coverage, ManualReason, NoHoldReason, WatchError, Watched};
