@@ -12,9 +12,10 @@
 //!   told the next time.
 //! - **A page has one tracker.** Taking consumes; two trackers of one page would each miss what the other took.
 //!
-//! Two ways of changing bytes leave no trace in this process's page tables: a device that writes to pages it has pinned, and
-//! another mapping of the same shared memory or file, in this process or in another. Track the mapping that is written
-//! through, and count what devices write yourself.
+//! What changes bytes without a write through this mapping isn't told: a device that writes to pages it has pinned; another
+//! mapping of the same memory or file, in this process or in another; `write` to the file. Nor is a discard, except of
+//! anonymous memory: the kernel keeps the protection of file and shared memory when `madvise` or a punched hole takes the
+//! pages. Those who watch the range hear of that (as of a removal) and count it themselves.
 
 use std::io;
 
@@ -45,7 +46,7 @@ enum State {
 /// What [`DirtyTracker::take`] found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Taken {
-    /// Exactly the pages that were written, or discarded, since the last time.
+    /// Exactly the pages that were written since the last time, and those of anonymous memory that were discarded.
     Exact,
     /// The whole range, as it can't be told or could not until now.
     Everything,
@@ -82,8 +83,8 @@ impl DirtyTracker {
         }
     }
 
-    /// Adds to `out`, in address order, the parts of the range that were written or discarded since the last call, or since
-    /// [`new`](Self::new). From here on these count as not written.
+    /// Adds to `out`, in address order, the parts of the range that were written since the last call, or since
+    /// [`new`](Self::new); discarded anonymous memory counts as written. From here on these count as not written.
     ///
     /// If a mapping of the range was replaced, the whole range is told and tracked anew. What isn't mapped isn't told.
     pub fn take(&mut self, out: &mut Vec<HostRange>) -> Taken {
@@ -118,7 +119,8 @@ impl DirtyTracker {
         let had = out.len();
         let flags = WP_MATCHING | CHECK_WPASYNC;
         collect(&pagemap, self.range, Wanted { flags, all: WRITTEN, ..Wanted::default() }, out)?;
-        // A protected page that was never touched has a marker in the page table. Without one, the page was discarded.
+        // A protected page that was never touched has a marker in the page table. Without even that, a huge page was
+        // discarded, or a whole page table.
         let gone = PRESENT | SWAPPED;
         collect(&pagemap, self.range, Wanted { flags, inverted: gone, all: gone, ..Wanted::default() }, out)?;
         merge(out, had);

@@ -145,7 +145,7 @@ fn reading_is_not_writing() {
 }
 
 #[test]
-fn a_discarded_page_counts_as_written() {
+fn a_discarded_anonymous_page_counts_as_written() {
     let pages = Pages::anonymous(2048);
     (0..2048).for_each(|page| pages.write(page));
     let Some(mut tracker) = tracker(pages.0) else { return };
@@ -182,6 +182,23 @@ fn one_write_to_a_huge_page_is_told_as_one_page() {
     pages.write(at + 77);
     pages.write(at + 511);
     assert_eq!(take(&mut tracker, &pages), (Taken::Exact, vec![at + 77, at + 511]));
+}
+
+#[test]
+fn a_discarded_huge_page_counts_as_written() {
+    let (huge, count) = (2 << 20, (2 << 20) / page_size());
+    let pages = Pages::anonymous(2 * count);
+    let at = (pages.0.start().next_multiple_of(huge) - pages.0.start()) / page_size();
+    if page_size() != 4096 || !pages.advise(at, count, libc::MADV_HUGEPAGE) {
+        eprintln!("skipped: no transparent huge pages of 2 MiB");
+        return;
+    }
+    pages.write(at);
+    let Some(mut tracker) = tracker(pages.part(at, count)) else { return };
+    // The page goes with its entry in the directory: no page table is left that could say anything.
+    assert!(pages.advise(at, count, libc::MADV_DONTNEED));
+    assert_eq!(take(&mut tracker, &pages), (Taken::Exact, (at..at + count).collect()));
+    assert_eq!(take(&mut tracker, &pages), (Taken::Exact, vec![]));
 }
 
 #[test]
