@@ -4,6 +4,7 @@
 //! with figures taken in the same run: drawing in place against drawing from a staged copy; `munmap` called while the GPU works, which
 //! returns only when the frame is over; and the same address mapped again and drawn again.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -104,10 +105,11 @@ fn run(arguments: &Arguments) -> Result<()> {
     std::fs::write(&arguments.output, picture).with_context(|| arguments.output.display().to_string())?;
     report.device.validation_messages = gpu.is_validated().then(|| gpu.messages());
 
-    match arguments.json {
-        true => println!("{}", serde_json::to_string_pretty(&report)?),
-        false => print!("{report}"),
-    }
+    let text = match arguments.json {
+        true => serde_json::to_string_pretty(&report)? + "\n",
+        false => report.to_string(),
+    };
+    std::io::stdout().write_all(text.as_bytes()).context("standard output")?;
     match report.failures().as_slice() {
         [] => Ok(()),
         failures => bail!("{}: the proof failed: {}", model.display(), failures.join("; ")),

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use nix::sys::sendfile::sendfile64;
 
 /// A mapping of a file from its beginning, which nothing in this program reads.
@@ -32,6 +32,17 @@ impl Mapping {
         // SAFETY: the kernel chooses a free place, or MAP_FIXED_NOREPLACE refuses one that isn't free, so no memory in use is replaced.
         let start = unsafe { mmap(at, size, ProtFlags::PROT_READ, flags, file, 0) };
         Ok(Self { start: start.context("the file can't be mapped")?, len })
+    }
+
+    /// A free address far below where the kernel puts other mappings of this process, if there is one: what is unmapped there stays free
+    /// until it is mapped again, whatever the driver's threads map meanwhile.
+    pub(crate) fn quiet_place(len: u64) -> Option<usize> {
+        let size = NonZeroUsize::new(usize::try_from(len).ok()?)?;
+        // SAFETY: the kernel chooses a free place, so no memory in use is replaced.
+        let found = unsafe { mmap_anonymous(None, size, ProtFlags::PROT_NONE, MapFlags::MAP_PRIVATE) }.ok()?;
+        // SAFETY: the mapping made above, which nobody knows of.
+        unsafe { munmap(found, size.get()) }.ok()?;
+        found.addr().get().checked_sub(1 << 40)
     }
 
     /// Its first address.

@@ -8,8 +8,8 @@ use pinfold_demos::device::Gpu;
 use pinfold_demos::geometry::Part;
 use pinfold_demos::glb::{Glb, Span};
 use pinfold_vulkan::{
-    Access, Config, DeviceContext, Force, HostRange, Lease, Manager, Outcome, Path, Pending, SubmitError, Timeline,
-    Userptr,
+    Access, Config, Coverage, DeviceContext, Force, HostRange, Lease, Manager, Outcome, Path, Pending, SubmitError,
+    Timeline, Userptr,
 };
 
 use crate::clock::Clock;
@@ -111,9 +111,17 @@ impl<'g> InPlace<'g> {
         Ok(self.clock.now()? >= flight.value)
     }
 
-    /// Tells the object that its memory has changed hands, where nothing else does.
-    pub(crate) fn invalidate(&self, object: &Object) -> Result<()> {
-        Ok(self.manager.invalidate(object.range())?)
+    /// Whether the kernel tells when the object's memory changes hands.
+    pub(crate) fn is_watched(object: &Object) -> bool {
+        object.coverage() == Some(Coverage::Watched)
+    }
+
+    /// Tells the object that its memory has changed hands, where the kernel doesn't.
+    pub(crate) fn tell(&self, object: &Object) -> Result<()> {
+        if !Self::is_watched(object) {
+            self.manager.invalidate(object.range())?;
+        }
+        Ok(())
     }
 
     /// How many hold-offs ended by the deadline.

@@ -252,6 +252,11 @@ impl fmt::Display for Report {
             "   a frame was submitted that draws the scene {} times and takes {}",
             busy.scene_drawn_times, busy.frame
         )?;
+        writeln!(
+            f,
+            "   munmap may be held up to {} ms here (the library's default is 100 ms)",
+            grouped(busy.deadline_ms)
+        )?;
         let over = if busy.frame_over_when_munmap_returned { "over" } else { "STILL RUNNING" };
         writeln!(
             f,
@@ -264,7 +269,7 @@ impl fmt::Display for Report {
         let same = if busy.same_picture { "the same picture" } else { "ANOTHER PICTURE" };
         writeln!(f, "   the object went from {} to {}; the frame is {same}", busy.state_before, busy.state_after)?;
         if !busy.watched {
-            writeln!(f, "   NOT HELD: the kernel can't watch this mapping, so the object was invalidated by hand")?;
+            writeln!(f, "   NOT HELD: the kernel can't watch this mapping, so the object was told by hand")?;
         }
 
         writeln!(f, "\n3. Mapped again")?;
