@@ -109,6 +109,7 @@ impl<D: Device> Object<D> {
                 Ok(Attempt::Anew) => anew += 1,
                 Err(error) => {
                     if self.word.step(noted, Step::Fault).is_ok() {
+                        self.removed.fetch_or(learnt.removed, Ordering::AcqRel); // for the next builder
                         self.fail(error, token);
                         return false;
                     }
@@ -120,7 +121,7 @@ impl<D: Device> Object<D> {
             if spent {
                 let _ = self.word.step(noted, Step::Abandon); // or it is Invalid already, or somebody else's
             }
-            match if spent { None } else { self.reclaim(noted) } {
+            match if spent { None } else { self.reclaim(noted, token) } {
                 Some(again) => noted = again,
                 None => {
                     self.removed.fetch_or(learnt.removed, Ordering::AcqRel); // for the next builder
@@ -131,10 +132,12 @@ impl<D: Device> Object<D> {
         }
     }
 
-    /// Notes the word anew. `None`: the object is not this builder's any more (closed, or queued by somebody else meanwhile).
-    fn reclaim(&self, noted: Snapshot) -> Option<Snapshot> {
+    /// Notes the word anew. `None`: the object is not this builder's any more (cancelled, closed, or begun by somebody else meanwhile).
+    fn reclaim(&self, noted: Snapshot, token: u64) -> Option<Snapshot> {
+        let slot = self.slot();
         let seen = self.word.read();
         match seen.state {
+            _ if slot.token != token => None,
             State::Acquiring if seen == noted => Some(seen),
             State::Invalid => self.word.step(seen, Step::Claim).ok(),
             _ => None,
@@ -151,7 +154,7 @@ impl<D: Device> Object<D> {
         learnt.removed |= self.removed.swap(false, Ordering::AcqRel);
         let removed = learnt.removed;
         // Absent pages prove that the zap is over. Asked before anything is populated.
-        let unproven = removed;
+        let unproven = removed && !matches!(pinfold_invalidate::any_present(self.range), Ok(Some(false)));
 
         let before = mappings(self.range)?;
         let Some(prepared) = self.prepare(&before, learnt)? else { return Ok(Attempt::Anew) };
@@ -176,20 +179,15 @@ impl<D: Device> Object<D> {
         self.engine.reserve_budget(self.range)?;
         let request = self.request(&after, true);
         let import = self.engine.device().import(&request, prepared).inspect_err(|_| self.engine.pins.sub(bytes))?;
-        let pin = Pin::new(import, noted.generation, bytes, Arc::clone(&self.engine));
+        let pin = Arc::new(Pin::new(import, noted.generation, bytes, Arc::clone(&self.engine)));
         let path = pin.path;
-        {
-            let mut slot = self.slot();
-            slot.coverage = Some(coverage);
-            slot.fault = None;
-            slot.pin = Some(Arc::new(pin));
-        }
-        if space.is_busy(watched) {
-            self.unpin();
+        if !self.put(&pin, noted, coverage) {
+            Self::give_back(pin);
             return Ok(Attempt::Moved);
         }
-        if protocol::publish(&**space, &self.word, noted, watched).is_none() {
-            self.unpin();
+        if space.is_busy(watched) || protocol::publish(&**space, &self.word, noted, watched).is_none() {
+            self.take(&pin);
+            Self::give_back(pin);
             return Ok(Attempt::Moved);
         }
         self.engine.note(self, What::Acquired(path, noted.generation));
@@ -227,7 +225,7 @@ impl<D: Device> Object<D> {
             let home = self.engine.space.home(self.range);
             return Ok((home, Coverage::Manual(ManualReason::Asked), before.to_vec()));
         }
-        let watched = self.engine.space.watch(self.range)?;
+        let watched = self.engine.space.watch_as(self.range, before)?;
         Ok((watched.shards, watched.coverage, watched.mappings))
     }
 
@@ -235,10 +233,30 @@ impl<D: Device> Object<D> {
         Request { range: self.range, access: self.access, mappings, watched, label: &self.label }
     }
 
-    /// Gives back what was taken in vain.
-    fn unpin(&self) {
-        let pin = self.slot().pin.take();
-        if let Some(pin) = pin.and_then(Arc::into_inner) {
+    /// Puts the pin where leases will find it. False: the object is not this builder's any more, and what is there may be another's.
+    fn put(&self, pin: &Arc<Pin<D>>, noted: Snapshot, coverage: Coverage) -> bool {
+        let mut slot = self.slot();
+        // Whoever builds it after us has changed the word before it comes here.
+        let mine = self.word.read() == noted;
+        if mine {
+            slot.coverage = Some(coverage);
+            slot.fault = None;
+            slot.pin = Some(Arc::clone(pin));
+        }
+        mine
+    }
+
+    /// Takes the pin out again, if it is still there.
+    fn take(&self, pin: &Arc<Pin<D>>) {
+        let mut slot = self.slot();
+        if slot.pin.as_ref().is_some_and(|there| Arc::ptr_eq(there, pin)) {
+            slot.pin = None;
+        }
+    }
+
+    /// Releases on this thread what was taken in vain; if somebody else has the last reference, dropping that does it.
+    fn give_back(pin: Arc<Pin<D>>) {
+        if let Some(pin) = Arc::into_inner(pin) {
             pin.release();
         }
     }

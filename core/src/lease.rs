@@ -187,7 +187,11 @@ impl<D: Device> Lease<D> {
 fn count<D: Device>(held: &[Held<D>], begins: bool) {
     for held in held {
         let inflight = &held.handle.object.inflight;
-        if begins { inflight.fetch_add(1, Ordering::Relaxed) } else { inflight.fetch_sub(1, Ordering::Relaxed) };
+        if begins {
+            inflight.fetch_add(1, Ordering::Relaxed)
+        } else {
+            inflight.fetch_sub(1, Ordering::Relaxed)
+        };
     }
 }
 
@@ -256,13 +260,19 @@ impl<D: Device> Retire for Flight<D> {
             return;
         }
         // First of all, and without touching the allocator: a mutator may be waiting for this, with the allocator's lock.
-        self.uses.end(&*self.engine.space);
+        let late = self.uses.end(&*self.engine.space);
         let outcome = if self.lost.load(Ordering::Relaxed) == 0 { Outcome::Done } else { Outcome::Lost };
         let (held, wakers) = {
             let mut rest = self.rest.lock().unwrap_or_else(PoisonError::into_inner);
             rest.outcome = Some(outcome);
             (std::mem::take(&mut rest.held), std::mem::take(&mut rest.wakers))
         };
+        if late {
+            for held in &held {
+                // The monitor may be about to say so, and must not find the object idle instead.
+                held.handle.object.ended_late.store(held.noted.generation.0 + 1, Ordering::Relaxed);
+            }
+        }
         count(&held, false);
         drop(held);
         self.engine.flights.sub(1);

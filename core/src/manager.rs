@@ -357,10 +357,13 @@ impl<D: Device> Object<D> {
             let seen = protocol::look(&*engine.space, &self.word, Some(patience)).ok_or(Error::Again)?;
             match seen.state {
                 State::Valid => {
-                    // A pin of another generation means that the word has moved since we looked.
                     if let Some(pin) = self.pin_of(seen) {
                         self.refresh(&pin)?;
                         return Ok(Some((seen, pin)));
+                    }
+                    // No pin of that generation: the word has moved since we looked. So it goes round at most once for each change.
+                    if Instant::now() > patience {
+                        return Err(Error::Again);
                     }
                 }
                 State::Queued | State::Acquiring => return Ok(None),

@@ -41,9 +41,12 @@ impl<D: Device> Engine<D> {
         self.notes.post(object.id, &note.record());
     }
 
-    /// Posts that an object's memory has changed hands. For the monitor.
-    pub(crate) fn note_change(&self, object: &Object<D>, change: &Change) {
-        if change.late && object.inflight.load(Ordering::Relaxed) > 0 {
+    /// Posts that an object's memory has changed hands, which ended the generation `ended`. For the monitor.
+    pub(crate) fn note_change(&self, object: &Object<D>, change: &Change, ended: Generation) {
+        // The shard was given up on; was this object's work part of it? It may have ended since the mutator was let go.
+        let busy = || object.inflight.load(Ordering::Acquire) > 0;
+        let late = change.late && (busy() || object.ended_late.load(Ordering::Relaxed) == ended.0 + 1);
+        if late {
             self.counters.late.fetch_add(1, Ordering::Relaxed);
         }
         if !self.notes.is_watched() {
@@ -56,7 +59,7 @@ impl<D: Device> Engine<D> {
             end: touched.end() as u64,
             hold_off_ns: u64::try_from(change.held.as_nanos()).unwrap_or(u64::MAX),
             cause: cause_code(change.cause),
-            late: change.late,
+            late,
             no_hold: change.no_hold,
             ..describe(object)
         };

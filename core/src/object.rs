@@ -1,6 +1,6 @@
 //! One registered range: its word, its slot, and what happens to it from outside.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 
@@ -23,6 +23,8 @@ pub(crate) struct Object<D: Device> {
     pub(crate) word: Word,
     /// Submits under way. Written by submit and retirement; for reports only, the protocol counts by shard.
     pub(crate) inflight: AtomicU32,
+    /// One more than the generation of the last work that ended after a hold-off had given up on it. Written by retirement.
+    pub(crate) ended_late: AtomicU64,
     /// Pages were discarded since the last acquisition. Set by the monitor, taken by the builder.
     pub(crate) removed: AtomicBool,
     /// Changes when an acquisition has ended, however it did.
@@ -78,6 +80,7 @@ impl<D: Device> Object<D> {
             unwatched: false,
             word: Word::default(),
             inflight: AtomicU32::new(0),
+            ended_late: AtomicU64::new(0),
             removed: AtomicBool::new(false),
             ended: Futex::new(),
             slot: Mutex::new(slot),
@@ -147,7 +150,7 @@ impl<D: Device> Target for Object<D> {
             return;
         }
         self.engine.counters.invalidated.fetch_add(1, Ordering::Relaxed);
-        self.engine.note_change(self, change);
+        self.engine.note_change(self, change, before.generation);
     }
 
     fn settled(self: Arc<Self>) {

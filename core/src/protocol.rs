@@ -87,11 +87,11 @@ pub fn reserve<'a, G: Gates + ?Sized>(
 }
 
 impl Uses {
-    /// Ends the uses. Called once.
-    pub fn end<G: Gates + ?Sized>(&self, gates: &G) {
-        for shard in self.shards.iter() {
-            gates.gate(shard).end(self.eras[shard].expect("a use began in each of its shards"));
-        }
+    /// Ends the uses. Called once. Returns whether a hold-off had given up on one of them.
+    #[allow(clippy::must_use_candidate)]
+    pub fn end<G: Gates + ?Sized>(&self, gates: &G) -> bool {
+        let end = |shard: usize| gates.gate(shard).end(self.eras[shard].expect("a use began in each of its shards"));
+        self.shards.iter().fold(false, |late, shard| end(shard) | late)
     }
 }
 

@@ -47,7 +47,8 @@ pub enum Step {
     Refuse,
     /// All checks hold.
     Publish,
-    /// The attempts are used up, or the acquisition was cancelled.
+    /// The attempts are used up, or the acquisition was cancelled. Adds one to the generation: the builder that is cancelled may still be at it,
+    /// and must not find its word again when another has claimed the object.
     Abandon,
     /// The range can't be given to the device.
     Fault,
@@ -113,6 +114,12 @@ pub struct Snapshot {
     pub shards: Shards,
 }
 
+impl Generation {
+    fn next(self) -> Self {
+        Self((self.0 + 1) & (u64::MAX >> GENERATION_SHIFT))
+    }
+}
+
 const STATE_SHIFT: u32 = 16;
 const GENERATION_SHIFT: u32 = 24;
 
@@ -152,7 +159,8 @@ impl Word {
     /// As [`step`](Self::step), and from now on uses are counted in `shards`.
     pub fn step_into(&self, noted: Snapshot, step: Step, shards: Shards) -> Result<Snapshot, Snapshot> {
         let Some(state) = noted.state.after(step) else { return Err(noted) };
-        let next = Snapshot { state, shards, ..noted };
+        let generation = if step == Step::Abandon { noted.generation.next() } else { noted.generation };
+        let next = Snapshot { generation, state, shards };
         // AcqRel: Release for what the step publishes, Acquire for what the step before it did.
         let swapped = self.0.compare_exchange(noted.pack(), next.pack(), Ordering::AcqRel, Ordering::Acquire);
         swapped.map(|_| next).map_err(Snapshot::unpack)
@@ -164,8 +172,7 @@ impl Word {
         loop {
             let before = Snapshot::unpack(now);
             let state = before.state.after(step).unwrap_or(before.state);
-            let generation = Generation((before.generation.0 + 1) & (u64::MAX >> GENERATION_SHIFT));
-            let next = Snapshot { generation, state, ..before };
+            let next = Snapshot { generation: before.generation.next(), state, ..before };
             // A read-modify-write: a publisher's compare-and-swap is ordered before or after it, never lost.
             match self.0.compare_exchange_weak(now, next.pack(), Ordering::AcqRel, Ordering::Relaxed) {
                 Ok(_) => return before,
@@ -227,7 +234,8 @@ mod tests {
                     let result = word.step(start, step);
                     assert_eq!(result.is_ok(), state.after(step).is_some(), "{state:?} by {step:?}");
                     assert_eq!(word.read().state, state.after(step).unwrap_or(state));
-                    assert_eq!(word.read().generation, Generation(7));
+                    let moved = step == Step::Abandon && result.is_ok();
+                    assert_eq!(word.read().generation, Generation(if moved { 8 } else { 7 }));
                 }
             }
         }

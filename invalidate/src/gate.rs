@@ -110,7 +110,9 @@ impl Gate {
     // ---- uses -----------------------------------------------------------------------------------------------------------------------
 
     /// Ends a use begun by [`Visit::begin`]. Allocates nothing, takes no lock: fit for a completion thread while a mutator waits.
-    pub fn end(&self, era: Era) {
+    /// Returns whether it had been given up on.
+    #[allow(clippy::must_use_candidate)]
+    pub fn end(&self, era: Era) -> bool {
         let mut now = self.flight.load(Ordering::Relaxed);
         let falls = loop {
             if era_of(now) != era {
@@ -118,12 +120,16 @@ impl Gate {
             }
             // Release: pairs with the Acquire in `is_quiet`; who sees the count fall sees that the use is over.
             match self.flight.compare_exchange_weak(now, now - 1, Ordering::Release, Ordering::Relaxed) {
-                Ok(_) => return self.wake_closers(),
+                Ok(_) => {
+                    self.wake_closers();
+                    return false;
+                }
                 Err(seen) => now = seen,
             }
         };
         falls.fetch_sub(1, Ordering::Release); // as above, for `is_drained`
         self.fell.bump();
+        true
     }
 
     /// Uses under way that hold-offs wait for.

@@ -95,16 +95,25 @@ impl Space {
     /// # Errors
     /// [`WatchError`]; pages watched before remain so.
     pub fn watch(&self, range: HostRange) -> Result<Watched, WatchError> {
+        self.watch_as(range, &mappings(range)?)
+    }
+
+    /// As [`watch`](Self::watch), for a caller who has just asked for the [`mappings`] of the range and will compare them with
+    /// [`Watched::mappings`]: what has changed in between may be watched otherwise than it should.
+    ///
+    /// # Errors
+    /// As [`watch`](Self::watch).
+    pub fn watch_as(&self, range: HostRange, known: &[Mapping]) -> Result<Watched, WatchError> {
         let inner = &*self.inner;
         let mut watched = Watched { shards: Shards::NONE, coverage: Coverage::Watched, mappings: Vec::new() };
         let mut ledger = inner.ledger();
-        for mapping in mappings(range)? {
+        for mapping in known {
             let piece = mapping.range;
-            let known = ledger.watched(piece).next().map(|(_, shard)| shard);
+            let owner = ledger.watched(piece).next().map(|(_, shard)| shard);
             let (reason, first) = match mapping.backing {
                 Backing::Heap => (Some(NoHoldReason::Heap), NO_HOLD),
                 Backing::Stack => (Some(NoHoldReason::Stack), NO_HOLD),
-                _ => (None, known.unwrap_or(Inner::home(piece))),
+                _ => (None, owner.unwrap_or(Inner::home(piece))),
             };
             match inner.register(piece, first) {
                 Ok(shard) => {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use pinfold_core::{Access, Config, Coverage, Error, Manager, Outcome, State};
 use pinfold_tests::PATIENCE;
-use pinfold_tests::fake::FakeDevice;
+use pinfold_tests::fake::{Answer, Call, FakeDevice};
 use pinfold_tests::fence::Fence;
 use pinfold_tests::fire_door::FireDoorAllocator;
 use pinfold_tests::memory::{Backing, Region};
@@ -57,4 +57,39 @@ fn a_mutator_is_held_until_the_work_is_over_and_finds_the_object_invalid() {
     drop(manager);
     assert_eq!(device.counts().dropped, 0);
     assert_eq!(device.live_imports(), 0);
+}
+
+#[test]
+fn a_builder_that_was_overtaken_leaves_the_next_ones_work_alone() {
+    for cancel in [false, true] {
+        let device = FakeDevice::new();
+        let manager = Manager::new(device.clone(), patient()).unwrap();
+        let region = Region::untouched(Backing::Anonymous, 4).unwrap();
+        // SAFETY: no reference points into a region.
+        let object = unsafe { manager.register(region.range(), Access::Read) }.unwrap();
+        device.script(Call::Import, &[Answer::Hold]);
+        // Not resident: a worker takes the pages, and is kept in the device's import.
+        assert!(manager.acquire(&[&object]).unwrap_err().is_again());
+        device.wait_held(1);
+        if cancel {
+            assert!(object.cancel());
+            assert!(matches!(manager.acquire(&[&object]), Err(Error::Cancelled)));
+        } else {
+            manager.invalidate(region.range()).unwrap();
+        }
+        // Resident by now: taken here, while the worker is still at it.
+        let lease = manager.acquire(&[&object]).unwrap();
+        let id = lease.view(0).id;
+        device.let_go();
+        while device.counts().imported < 2 || device.live_imports() > 1 {
+            thread::yield_now(); // until the worker has thrown away what it took
+        }
+        assert!(device.is_live(id));
+        assert_eq!(object.state().unwrap(), State::Valid);
+        assert_eq!(manager.acquire(&[&object]).unwrap().view(0).id, id);
+        drop(lease);
+        drop(manager);
+        device.wait_no_imports();
+        assert_eq!(device.counts().dropped, 0);
+    }
 }
