@@ -13,6 +13,8 @@ use serde_json::Value;
 
 #[allow(dead_code, reason = "each test file uses another part of it")]
 mod model;
+#[allow(dead_code, reason = "each test file uses another part of it")]
+mod skip;
 use model::{Indices, Model};
 
 const ENGINE: &str = "/usr/share/assimp/models/glTF2/2CylinderEngine-glTF-Binary/2CylinderEngine.glb";
@@ -25,7 +27,7 @@ fn driver() -> bool {
             true
         }
         Err(error) => {
-            println!("skipped: {error:#}");
+            skip::skip(format_args!("{error:#}"));
             false
         }
     }
@@ -34,7 +36,7 @@ fn driver() -> bool {
 fn engine() -> bool {
     let there = Path::new(ENGINE).exists();
     if !there {
-        println!("skipped: the engine is not installed (apt-get install assimp-testmodels)");
+        skip::skip("the engine is not installed (apt-get install assimp-testmodels)");
     }
     there
 }
@@ -77,7 +79,7 @@ fn check_proofs(report: &Value) {
     assert_eq!(act3["same_png"], true, "{report:#}");
     assert!(act3["generation"].as_u64() > act3["generation_in_act_1"].as_u64(), "{report:#}");
     if act2["coverage"] != "Watched" {
-        println!("not held here: coverage {}", act2["coverage"]);
+        skip::skip_part(format_args!("the hold-off: coverage {}", act2["coverage"]));
         return;
     }
     assert_eq!(act2["frame_over_when_munmap_returned"], true, "{report:#}");
@@ -99,7 +101,7 @@ fn the_engine_is_drawn_in_place_and_looks_like_an_engine() {
         assert_eq!((&act1["bytes_copied"], &act1["private_kib"]), (&0.into(), &0.into()), "{act1:#}");
         assert!(act1["resident_kib"].as_u64().unwrap() * 1024 >= act1["bytes_in_place"].as_u64().unwrap(), "{act1:#}");
     } else {
-        println!("not imported here: {}", act1["path"]);
+        skip::skip_part(format_args!("bytes in place: path {}", act1["path"]));
     }
 
     assert_eq!((picture.width, picture.height), (320, 180));
@@ -162,7 +164,7 @@ fn a_model_that_may_only_be_read_is_copied_for_the_busy_act_on_a_cpu_driver() {
         command.uid(65534).gid(65534);
     }
     let Ok(output) = command.output() else {
-        println!("skipped: the demo can't be run as another user from where it was built");
+        skip::skip("the demo can't be run as another user from where it was built");
         return;
     };
     let report = report(&output);

@@ -13,6 +13,8 @@ use serde_json::json;
 
 #[allow(dead_code, reason = "each test file uses another part of it")]
 mod model;
+#[allow(dead_code, reason = "each test file uses another part of it")]
+mod skip;
 use model::{Indices, Model, container};
 
 fn cube() -> Model {
@@ -139,7 +141,7 @@ fn a_directory_a_missing_file_a_pipe_and_a_forbidden_file_are_refused() {
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let runs = Command::new(env!("CARGO_BIN_EXE_demo")).arg("--help").uid(nobody(root)).output();
     if root && !runs.is_ok_and(|output| output.status.success()) {
-        println!("skipped: the demo can't be run as another user from where it was built");
+        skip::skip_part("a forbidden file: the demo can't be run as another user from where it was built");
         return;
     }
     assert!(refusal(&forbidden, root).contains("Permission denied"));

@@ -13,6 +13,8 @@ use serde_json::json;
 
 #[allow(dead_code, reason = "each test file uses another part of it")]
 mod model;
+#[allow(dead_code, reason = "each test file uses another part of it")]
+mod skip;
 use model::{Indices, Model};
 
 const SIZE: (u32, u32) = (160, 120);
@@ -22,7 +24,7 @@ fn gpu() -> Option<Gpu> {
     match Gpu::open(None, Validation::Wanted) {
         Ok(gpu) => Some(gpu),
         Err(error) => {
-            println!("skipped: {error:#}");
+            skip::skip(format_args!("{error:#}"));
             None
         }
     }
