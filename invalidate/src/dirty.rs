@@ -20,7 +20,7 @@
 use std::io;
 
 use crate::HostRange;
-use crate::pagemap::{CHECK_WPASYNC, PRESENT, PageRegion, Pagemap, SWAPPED, WP_MATCHING, WRITTEN, Wanted};
+use crate::pagemap::{CHECK_WPASYNC, PRESENT, PageRegion, SWAPPED, WP_MATCHING, WRITTEN, Wanted, scan};
 use crate::uffd::{Uffd, feature};
 
 /// Tells which pages of one range were written.
@@ -115,14 +115,13 @@ impl DirtyTracker {
     }
 
     fn scan(&self, out: &mut Vec<HostRange>) -> io::Result<()> {
-        let pagemap = Pagemap::open()?;
         let had = out.len();
         let flags = WP_MATCHING | CHECK_WPASYNC;
-        collect(&pagemap, self.range, Wanted { flags, all: WRITTEN, ..Wanted::default() }, out)?;
-        // A protected page that was never touched has a marker in the page table. Without even that, a huge page was
-        // discarded, or a whole page table.
+        collect(self.range, Wanted { flags, all: WRITTEN, ..Wanted::default() }, out)?;
+        // A protected page that was never touched has a marker in the page table. Where there is not even that, a huge page
+        // or a whole page table was discarded, which kernels before 2026 don't tell as written.
         let gone = PRESENT | SWAPPED;
-        collect(&pagemap, self.range, Wanted { flags, inverted: gone, all: gone, ..Wanted::default() }, out)?;
+        collect(self.range, Wanted { flags, inverted: gone, all: gone, ..Wanted::default() }, out)?;
         merge(out, had);
         Ok(())
     }
@@ -138,14 +137,14 @@ fn open() -> io::Result<Uffd> {
 /// Protects every page of the range, also those that aren't there.
 fn protect(range: HostRange) -> io::Result<()> {
     let want = Wanted { flags: WP_MATCHING | CHECK_WPASYNC, ..Wanted::default() };
-    Pagemap::open()?.scan(range.start() as u64, range.end() as u64, want, &mut []).map(drop)
+    scan(range.start() as u64, range.end() as u64, want, &mut []).map(drop)
 }
 
-fn collect(pagemap: &Pagemap, range: HostRange, want: Wanted, out: &mut Vec<HostRange>) -> io::Result<()> {
+fn collect(range: HostRange, want: Wanted, out: &mut Vec<HostRange>) -> io::Result<()> {
     let (mut at, end) = (range.start() as u64, range.end() as u64);
     let mut regions = [PageRegion::default(); REGIONS];
     while at < end {
-        let (found, stopped) = pagemap.scan(at, end, want, &mut regions)?;
+        let (found, stopped) = scan(at, end, want, &mut regions)?;
         out.extend(regions[..found].iter().filter_map(|region| HostRange::from_bounds(region.start, region.end)));
         if stopped <= at {
             return Err(io::ErrorKind::InvalidData.into()); // a walk that stands still would never end

@@ -329,5 +329,5 @@ pub fn warm_up_thread() {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests;

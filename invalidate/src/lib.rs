@@ -50,6 +50,7 @@ mod ledger;
 mod maps;
 mod monitor;
 mod pagemap;
+mod proc_file;
 mod range;
 mod settle;
 mod space;

@@ -6,9 +6,6 @@
 //!
 //! Neither is a snapshot: mappings that other threads change during the walk show before or after the change. Whoever
 //! acts on the answer must have another way to learn of a change, such as a generation.
-//!
-//! `/proc/self/maps` is opened per call (2 µs beside the ioctl's 1): a descriptor that was kept would, in a forked child,
-//! go on telling the parent's mappings.
 
 mod backing;
 mod query;
@@ -103,7 +100,7 @@ pub enum MapsError {
 /// # Errors
 /// [`MapsError::Hole`] with the first address where nothing is mapped, [`MapsError::Unreadable`].
 pub fn mappings(range: HostRange) -> Result<Vec<Mapping>, MapsError> {
-    mappings_from(Source::open()?, range)
+    mappings_from(Source::preferred()?, range)
 }
 
 /// The mapping that contains `addr`, if there is one; its `range` is its `whole`. Allocates.
@@ -111,7 +108,7 @@ pub fn mappings(range: HostRange) -> Result<Vec<Mapping>, MapsError> {
 /// # Errors
 /// [`MapsError::Unreadable`].
 pub fn mapping_at(addr: usize) -> Result<Option<Mapping>, MapsError> {
-    mapping_from(Source::open()?, addr)
+    mapping_from(Source::preferred()?, addr)
 }
 
 fn mappings_from(mut source: Source, range: HostRange) -> Result<Vec<Mapping>, MapsError> {
@@ -176,7 +173,7 @@ impl Raw {
 
 /// Where mappings are read from; asked with rising addresses.
 enum Source {
-    Query(File),
+    Query,
     Text(text::Lines<BufReader<File>>),
 }
 
@@ -184,27 +181,26 @@ enum Source {
 static NO_QUERY: AtomicBool = AtomicBool::new(false);
 
 impl Source {
-    fn open() -> Result<Self, MapsError> {
-        // The standard library opens with O_CLOEXEC.
-        let file = File::open("/proc/self/maps").map_err(MapsError::Unreadable)?;
-        Ok(if NO_QUERY.load(Ordering::Relaxed) { Self::text(file) } else { Self::Query(file) })
+    fn preferred() -> Result<Self, MapsError> {
+        if NO_QUERY.load(Ordering::Relaxed) { Self::text().map_err(MapsError::Unreadable) } else { Ok(Self::Query) }
     }
 
-    fn text(file: File) -> Self {
-        Self::Text(text::Lines::new(BufReader::new(file)))
+    /// The text from its beginning. Opened anew, as threads would share the place in it.
+    fn text() -> io::Result<Self> {
+        Ok(Self::Text(text::Lines::new(BufReader::new(File::open("/proc/self/maps")?))))
     }
 
     /// The first mapping that ends above `at`.
     fn next(&mut self, at: usize) -> io::Result<Option<Raw>> {
         match self {
             Self::Text(lines) => lines.next(at),
-            Self::Query(file) => match query::covering_or_next(file, at) {
+            Self::Query => match query::covering_or_next(at) {
                 Err(err) => {
                     // A kernel without the ioctl says ENOTTY; a sandbox may say anything. The text is always there.
                     if err.raw_os_error() == Some(libc::ENOTTY) {
                         NO_QUERY.store(true, Ordering::Relaxed);
                     }
-                    *self = Self::text(File::open("/proc/self/maps")?);
+                    *self = Self::text()?;
                     self.next(at)
                 }
                 found => found,
@@ -213,5 +209,5 @@ impl Source {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests;

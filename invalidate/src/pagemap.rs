@@ -1,14 +1,12 @@
 //! Which pages are there and which were written, as the page tables say: the `PAGEMAP_SCAN` ioctl of `/proc/self/pagemap`
 //! (`linux/fs.h`, Linux 6.7).
-//!
-//! The file is opened per call, as a descriptor that was kept would, in a forked child, go on telling the parent's pages.
 
-use std::fs::File;
 use std::io;
 use std::mem::{offset_of, size_of};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use crate::HostRange;
+use crate::proc_file::ProcFile;
 
 /// `struct page_region`.
 #[repr(C)]
@@ -73,36 +71,30 @@ pub(crate) struct Wanted {
     pub(crate) max_pages: u64,
 }
 
-/// `/proc/self/pagemap`.
-pub(crate) struct Pagemap(File);
+static PAGEMAP: ProcFile = ProcFile::new("/proc/self/pagemap");
 
-impl Pagemap {
-    pub(crate) fn open() -> io::Result<Self> {
-        File::open("/proc/self/pagemap").map(Self)
-    }
-
-    /// Scans from `start` to `end`, writes the regions found to `out` and returns their number and where the walk stopped,
-    /// which is `end` unless `out` or the limit is full.
-    pub(crate) fn scan(&self, start: u64, end: u64, want: Wanted, out: &mut [PageRegion]) -> io::Result<(usize, u64)> {
-        let mut arg = PmScanArg {
-            size: size_of::<PmScanArg>() as u64,
-            flags: want.flags,
-            start,
-            end,
-            vec: if out.is_empty() { 0 } else { out.as_mut_ptr().expose_provenance() as u64 },
-            vec_len: out.len() as u64,
-            max_pages: want.max_pages,
-            category_inverted: want.inverted,
-            category_mask: want.all,
-            category_anyof_mask: want.any,
-            return_mask: if out.is_empty() { 0 } else { want.all | want.any },
-            ..PmScanArg::default()
-        };
-        // SAFETY: `arg` is a live `pm_scan_arg` with its true size; `vec` is null or `out`, borrowed for the call, with its
-        // true length. At most write protection of pages changes, which no access by the program can tell.
-        let found = unsafe { ioctl::pagemap_scan(self.0.as_raw_fd(), &raw mut arg) }?;
-        Ok((usize::try_from(found).unwrap_or(0), arg.walk_end))
-    }
+/// Scans from `start` to `end`, writes the regions found to `out` and returns their number and where the walk stopped,
+/// which is `end` unless `out` or the limit is full.
+pub(crate) fn scan(start: u64, end: u64, want: Wanted, out: &mut [PageRegion]) -> io::Result<(usize, u64)> {
+    let mut arg = PmScanArg {
+        size: size_of::<PmScanArg>() as u64,
+        flags: want.flags,
+        start,
+        end,
+        vec: if out.is_empty() { 0 } else { out.as_mut_ptr().expose_provenance() as u64 },
+        vec_len: out.len() as u64,
+        max_pages: want.max_pages,
+        category_inverted: want.inverted,
+        category_mask: want.all,
+        category_anyof_mask: want.any,
+        return_mask: if out.is_empty() { 0 } else { want.all | want.any },
+        ..PmScanArg::default()
+    };
+    // SAFETY: `arg` is a live `pm_scan_arg` with its true size; `vec` is null or `out`, borrowed for the call, with its
+    // true length. At most write protection of pages changes, which no access by the program can tell.
+    let ask = |map: BorrowedFd<'_>| Ok(unsafe { ioctl::pagemap_scan(map.as_raw_fd(), &raw mut arg) }?);
+    let found = PAGEMAP.ask(ask)?;
+    Ok((usize::try_from(found).unwrap_or(0), arg.walk_end))
 }
 
 /// Whether any page of the range is there, in memory or swapped out. `None`: this can't be told, by an older kernel or to a
@@ -114,8 +106,7 @@ impl Pagemap {
 /// What else opening or asking `/proc/self/pagemap` answers: no descriptor left, no `/proc`.
 pub fn any_present(range: HostRange) -> io::Result<Option<bool>> {
     let want = Wanted { any: PRESENT | SWAPPED, max_pages: 1, ..Wanted::default() };
-    let scan = Pagemap::open()
-        .and_then(|map| map.scan(range.start() as u64, range.end() as u64, want, &mut [PageRegion::default()]));
+    let scan = scan(range.start() as u64, range.end() as u64, want, &mut [PageRegion::default()]);
     match scan {
         Ok((found, _)) => Ok(Some(found > 0)),
         Err(err) if matches!(err.raw_os_error(), Some(libc::ENOTTY | libc::EACCES | libc::EPERM)) => Ok(None),

@@ -394,7 +394,7 @@ unsafe fn share(stock: &mut Stock, parent: &mut (*const Node, usize), new: Few) 
     Some(shared)
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 impl Tree {
     /// Checks what is said of trees and nodes, and returns the number of levels.
     ///

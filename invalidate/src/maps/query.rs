@@ -1,13 +1,13 @@
 //! The `PROCMAP_QUERY` ioctl of `/proc/<pid>/maps` (`linux/fs.h`, Linux 6.11).
 
 use std::ffi::OsStr;
-use std::fs::File;
 use std::io;
 use std::mem::{offset_of, size_of};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 
 use super::{FileId, Protection, Raw, backing};
+use crate::proc_file::ProcFile;
 
 /// `struct procmap_query`.
 #[repr(C)]
@@ -41,8 +41,10 @@ const COVERING_OR_NEXT_VMA: u64 = 0x10;
 
 nix::ioctl_readwrite!(procmap_query, b'f', 17, ProcmapQuery);
 
+static MAPS: ProcFile = ProcFile::new("/proc/self/maps");
+
 /// The first mapping that ends above `at`.
-pub(super) fn covering_or_next(maps: &File, at: usize) -> io::Result<Option<Raw>> {
+pub(super) fn covering_or_next(at: usize) -> io::Result<Option<Raw>> {
     let mut name = [0_u8; libc::PATH_MAX as usize];
     let mut query = ProcmapQuery {
         size: size_of::<ProcmapQuery>() as u64,
@@ -52,29 +54,26 @@ pub(super) fn covering_or_next(maps: &File, at: usize) -> io::Result<Option<Raw>
         vma_name_addr: name.as_mut_ptr().expose_provenance() as u64,
         ..Default::default()
     };
-    match ask(maps, &mut query) {
-        Err(libc::ENOENT) => return Ok(None),
+    let mut answer = MAPS.ask(|maps| ask(maps, &mut query));
+    if answer.as_ref().is_err_and(|err| err.raw_os_error() == Some(libc::ENAMETOOLONG)) {
         // A path longer than any path may be: known to be a file, and told without its name.
-        Err(libc::ENAMETOOLONG) => {
-            query = ProcmapQuery { vma_name_size: 0, vma_name_addr: 0, ..query };
-            match ask(maps, &mut query) {
-                Err(libc::ENOENT) => return Ok(None),
-                answer => answer.map_err(io::Error::from_raw_os_error)?,
-            }
-        }
-        answer => answer.map_err(io::Error::from_raw_os_error)?,
+        query = ProcmapQuery { vma_name_size: 0, vma_name_addr: 0, ..query };
+        answer = MAPS.ask(|maps| ask(maps, &mut query));
+    }
+    match answer {
+        Err(err) if err.raw_os_error() == Some(libc::ENOENT) => return Ok(None),
+        answer => answer?,
     }
     // The size that comes back counts the terminating zero.
     let name = &name[..(query.vma_name_size as usize).saturating_sub(1).min(name.len())];
     Ok(Some(raw(&query, OsStr::from_bytes(name))))
 }
 
-/// The ioctl; its error as an errno.
-fn ask(maps: &File, query: &mut ProcmapQuery) -> Result<(), i32> {
+fn ask(maps: BorrowedFd<'_>, query: &mut ProcmapQuery) -> io::Result<()> {
     // SAFETY: `query` is the structure that PROCMAP_QUERY reads and writes, with its true size in `size`; `vma_name_addr`
     // is null or points at the caller's buffer of `vma_name_size` bytes, which outlives the call.
-    let answer = unsafe { procmap_query(maps.as_raw_fd(), query) };
-    answer.map(drop).map_err(|errno| errno as i32)
+    unsafe { procmap_query(maps.as_raw_fd(), query) }?;
+    Ok(())
 }
 
 fn raw(query: &ProcmapQuery, name: &OsStr) -> Raw {
