@@ -53,11 +53,11 @@ impl FilterEntry {
         Self { info_mask: mask, info_filter: value, ..self }
     }
 
-    fn passes(&self, record: &Record) -> bool {
+    fn passes(&self, record: &Record, tag: u8) -> bool {
         let subtype = record.subtype();
         record.kind() == self.kind
             && self.subtypes[usize::from(subtype) / 32] >> (subtype % 32) & 1 == 1
-            && record.info() & self.info_mask == self.info_filter
+            && record.tagged_info(tag) & self.info_mask == self.info_filter
     }
 }
 
@@ -170,8 +170,8 @@ impl Filter {
         Ok(Self { entries: entries.into() })
     }
 
-    /// Whether the queue wants this record, its tag already filled in.
-    pub(super) fn passes(&self, record: &Record) -> bool {
-        record.kind() == TYPE_META || self.entries.iter().any(|entry| entry.passes(record))
+    /// Whether the queue wants this record, coming with this tag.
+    pub(super) fn passes(&self, record: &Record, tag: u8) -> bool {
+        record.kind() == TYPE_META || self.entries.iter().any(|entry| entry.passes(record, tag))
     }
 }

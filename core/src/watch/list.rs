@@ -107,7 +107,7 @@ impl WatchList {
             let first = rest.partition_point(|watch| watch.scope < Scope::Object(object));
             let these = rest[first..].iter().take_while(|watch| watch.scope == Scope::Object(object));
             for watch in all.iter().chain(these) {
-                watch.queue.offer(object, &record.with_tag(watch.tag));
+                watch.queue.offer(object, record, watch.tag);
             }
         });
     }
@@ -246,7 +246,7 @@ impl ListInner {
         drop(garbage);
         for watch in &gone {
             if let Some(object) = told(watch) {
-                watch.queue.announce_removal(&Record::removal(object).with_tag(watch.tag));
+                watch.queue.announce_removal(&Record::removal(object), watch.tag);
             }
             watch.queue.limit.uncharge();
             if let Some(release) = &self.release {

@@ -49,9 +49,9 @@ fn two_posts_take_two_places_or_one_leaves_a_mark() {
             let ring = ring(limit);
             let other = {
                 let ring = Arc::clone(&ring);
-                thread::spawn(move || ring.push_or_mark_lost(&numbered(1)))
+                thread::spawn(move || ring.push_or_mark_lost(&numbered(1), 0))
             };
-            let mine = ring.push_or_mark_lost(&numbered(2));
+            let mine = ring.push_or_mark_lost(&numbered(2), 0);
             let theirs = other.join().expect("the other post");
             let mut got = std::iter::from_fn(|| take(&ring)).collect::<Vec<_>>();
             if limit == 1 {
@@ -72,7 +72,7 @@ fn a_reader_beside_a_writer_gets_each_record_once_in_order_or_a_mark() {
         let writer = {
             let ring = Arc::clone(&ring);
             thread::spawn(move || {
-                (0..3).filter(|&number| ring.push_or_mark_lost(&numbered(number)) != Push::Stored).count()
+                (0..3).filter(|&number| ring.push_or_mark_lost(&numbered(number), 0) != Push::Stored).count()
             })
         };
         let mut got = Vec::new();
@@ -103,10 +103,10 @@ fn a_reader_beside_a_writer_gets_each_record_once_in_order_or_a_mark() {
 fn two_writers_and_a_reader_of_one_slot_lose_nothing_without_a_mark() {
     loom::model(|| {
         let ring = ring(1);
-        assert_eq!(ring.push_or_mark_lost(&numbered(0)), Push::Stored);
+        assert_eq!(ring.push_or_mark_lost(&numbered(0), 0), Push::Stored);
         let writers = [1, 2].map(|number| {
             let ring = Arc::clone(&ring);
-            thread::spawn(move || ring.push_or_mark_lost(&numbered(number)) == Push::Stored)
+            thread::spawn(move || ring.push_or_mark_lost(&numbered(number), 0) == Push::Stored)
         });
         let mut got = Vec::new();
         got.extend(take(&ring));
@@ -125,7 +125,7 @@ fn a_post_after_the_end_was_seen_stores_nothing() {
         let ring = ring(2);
         let writer = {
             let ring = Arc::clone(&ring);
-            thread::spawn(move || ring.push_or_mark_lost(&numbered(1)))
+            thread::spawn(move || ring.push_or_mark_lost(&numbered(1), 0))
         };
         ring.close();
         let ended = ring.next().end;
@@ -143,7 +143,7 @@ fn rung(posts: u64) {
     let posts = (0..posts).map(|number| {
         let (ring, bell) = (Arc::clone(&ring), Arc::clone(&bell));
         thread::spawn(move || {
-            ring.push_or_mark_lost(&numbered(number));
+            ring.push_or_mark_lost(&numbered(number), 0);
             bell.ring_if_armed();
         })
     });

@@ -477,14 +477,14 @@ impl QueueInner {
         self.ring.limit().map_or(0, |limit| limit as usize)
     }
 
-    /// Puts a record in, its tag filled in, if filter and policy let it. Never waits, allocates or frees.
+    /// Puts a record in, with this tag, if filter and policy let it. Never waits, allocates or frees.
     #[inline]
-    pub(super) fn offer(&self, object: u64, record: &Record) {
-        if record.kind() != TYPE_META && self.filter.read(|filter| filter.passes(record)) == Some(false) {
+    pub(super) fn offer(&self, object: u64, record: &Record, tag: u8) {
+        if record.kind() != TYPE_META && self.filter.read(|filter| filter.passes(record, tag)) == Some(false) {
             self.filtered.fetch_add(1, Ordering::Relaxed);
             return;
         }
-        if self.policy.as_ref().is_some_and(|policy| !policy(object, record)) {
+        if self.policy.as_ref().is_some_and(|policy| !policy(object, &record.with_tag(tag))) {
             self.denied.fetch_add(1, Ordering::Relaxed);
             return;
         }
@@ -493,12 +493,12 @@ impl QueueInner {
             self.ring.count_lost();
             return;
         }
-        self.store(record);
+        self.store(record, tag);
     }
 
     #[inline]
-    fn store(&self, record: &Record) {
-        match self.ring.push_or_mark_lost(record) {
+    fn store(&self, record: &Record, tag: u8) {
+        match self.ring.push_or_mark_lost(record, tag) {
             Push::Stored => self.call(),
             Push::Full(_) => {
                 self.ring.count_lost();
@@ -512,20 +512,20 @@ impl QueueInner {
     }
 
     /// Tells the reader that a watch is gone, also if the ring is full. Not for the monitor: it takes a lock.
-    pub(super) fn announce_removal(&self, record: &Record) {
+    pub(super) fn announce_removal(&self, record: &Record, tag: u8) {
         if self.strict {
             if self.ring.limit().is_some() {
-                self.store(record);
+                self.store(record, tag);
             }
             return;
         }
-        let position = match self.ring.push_removal(record) {
+        let position = match self.ring.push_removal(record, tag) {
             Push::Full(position) => position,
             Push::Stored => return self.call(),
             Push::Defunct => return,
         };
         let mut removals = lock(&self.removals);
-        removals.push_back((position, *record));
+        removals.push_back((position, record.with_tag(tag)));
         self.removals_total.fetch_add(1, Ordering::Relaxed);
         // SeqCst: the bell is looked at next.
         self.removals_waiting.store(removals.len(), Ordering::SeqCst);

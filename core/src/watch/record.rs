@@ -139,12 +139,33 @@ impl Record {
     /// The same record as the watch with this tag sees it.
     #[must_use]
     pub fn with_tag(mut self, tag: u8) -> Self {
-        let info = self.info() & !INFO_ID | u32::from(tag) << INFO_ID_SHIFT;
-        self.bytes[4..8].copy_from_slice(&info.to_ne_bytes());
+        let header = self.tagged_header(tag);
+        self.bytes[..HEADER_LEN].copy_from_slice(&header);
         self
     }
 
+    /// The header as the watch with this tag sees it.
+    #[inline]
+    pub(super) fn tagged_header(&self, tag: u8) -> [u8; HEADER_LEN] {
+        let [a, b, c, d] = self.tagged_info(tag).to_ne_bytes();
+        let [w, x, y, z, ..] = self.bytes;
+        [w, x, y, z, a, b, c, d]
+    }
+
+    /// The second header word as the watch with this tag sees it.
+    #[inline]
+    pub(super) fn tagged_info(&self, tag: u8) -> u32 {
+        self.info() & !INFO_ID | u32::from(tag) << INFO_ID_SHIFT
+    }
+
+    /// All bytes, eight at a time.
+    #[inline]
+    pub(super) fn words(&self) -> &[[u8; 8]] {
+        self.bytes.as_chunks().0
+    }
+
     /// The type: what kind of thing the record is about.
+    #[inline]
     #[must_use]
     pub fn kind(&self) -> u32 {
         self.u32_at(0) & 0x00ff_ffff
@@ -157,6 +178,7 @@ impl Record {
     }
 
     /// The second header word: length, tag and type-specific bits.
+    #[inline]
     #[must_use]
     pub fn info(&self) -> u32 {
         self.u32_at(4)
@@ -187,11 +209,13 @@ impl Record {
     }
 
     /// Bytes of the record, 8 to 127.
+    #[inline]
     pub(super) fn length(&self) -> usize {
         (self.info() & INFO_LENGTH) as usize
     }
 
     /// The native-endian word at this byte; 0 behind the record's end.
+    #[inline]
     pub(super) fn u32_at(&self, at: usize) -> u32 {
         u32::from_ne_bytes(*self.bytes[at..].first_chunk().expect("a field ends within the slot"))
     }

@@ -222,18 +222,18 @@ impl Ring {
 
     /// Stores a removal record, for which the reserve is kept. If even that is full, nothing is stored and nothing marked.
     #[inline]
-    pub(super) fn push_removal(&self, record: &Record) -> Push {
-        self.push_or(record, false)
+    pub(super) fn push_removal(&self, record: &Record, tag: u8) -> Push {
+        self.push_or(record, tag, false)
     }
 
-    /// Stores a record, or marks its loss.
+    /// Stores a record with this tag, or marks its loss.
     #[inline]
-    pub(super) fn push_or_mark_lost(&self, record: &Record) -> Push {
-        self.push_or(record, true)
+    pub(super) fn push_or_mark_lost(&self, record: &Record, tag: u8) -> Push {
+        self.push_or(record, tag, true)
     }
 
     #[inline]
-    fn push_or(&self, record: &Record, mark: bool) -> Push {
+    fn push_or(&self, record: &Record, tag: u8, mark: bool) -> Push {
         // Acquire: what the threads did that moved `head` here, to set a flag or to take the position before ours.
         let mut head = self.head().load(Ordering::Acquire);
         loop {
@@ -268,11 +268,12 @@ impl Ring {
             // AcqRel: chains the posts, so that whoever takes position p has seen all that was before p.
             match self.head().compare_exchange_weak(head, next, Ordering::AcqRel, Ordering::Acquire) {
                 Ok(_) => {
-                    fill(slots.at(position), record);
+                    let slot = slots.at(position);
+                    fill(slot, record, tag);
                     let commit = (position + 1) << 1 | if head & LOST != 0 { LOST_BEFORE } else { 0 };
                     // Release half: the reader that sees the position sees the bytes. SeqCst: the bell is looked at next; a swap is a cheaper
                     // full barrier than a store and a fence.
-                    slots.at(position).commit.swap(commit, Ordering::SeqCst);
+                    slot.commit.swap(commit, Ordering::SeqCst);
                     return Push::Stored;
                 }
                 Err(now) => head = now,
@@ -347,10 +348,14 @@ impl Ring {
         header.copy_from_slice(&slot.words[0].load(Ordering::Relaxed).to_ne_bytes());
         let len = super::record::length_field(&header);
         let Some(out) = out.get_mut(..len) else { return Err(len) };
-        for (word, bytes) in slot.words.iter().zip(out.chunks_mut(8)) {
-            // Relaxed: the load of `commit` ordered the bytes before it, and the slot isn't written again until `advance`.
-            let word = word.load(Ordering::Relaxed).to_ne_bytes();
-            bytes.copy_from_slice(&word[..bytes.len()]);
+        // Relaxed: the load of `commit` ordered the bytes before it, and the slot isn't written again until `advance`.
+        let word = |index: usize| slot.words[index].load(Ordering::Relaxed).to_ne_bytes();
+        let (whole, rest) = out.as_chunks_mut::<8>();
+        for (index, bytes) in whole.iter_mut().enumerate() {
+            *bytes = word(index);
+        }
+        if !rest.is_empty() {
+            rest.copy_from_slice(&word(len / 8)[..len % 8]);
         }
         Ok(len)
     }
@@ -367,11 +372,13 @@ impl Ring {
     }
 }
 
-/// Copies the bytes that count. The words are atomics because a reader in another process may look while we write, against all rules.
+/// Copies the bytes that count, the tag put in. The words are atomics because a reader in another process may look while we write, against all rules.
 #[inline]
-fn fill(slot: &Slot, record: &Record) {
-    for (index, word) in slot.words.iter().enumerate().take(record.length().div_ceil(8)) {
-        // Relaxed: the write of `commit` publishes them.
-        word.store(record.u64_at(8 * index), Ordering::Relaxed);
+fn fill(slot: &Slot, record: &Record, tag: u8) {
+    // Relaxed: the write of `commit` publishes them.
+    slot.words[0].store(u64::from_ne_bytes(record.tagged_header(tag)), Ordering::Relaxed);
+    let words = record.length().div_ceil(8);
+    for (word, bytes) in slot.words[..words].iter().zip(record.words()).skip(1) {
+        word.store(u64::from_ne_bytes(*bytes), Ordering::Relaxed);
     }
 }

@@ -374,7 +374,7 @@ impl Reader {
         while queue.0.room() > queue.0.capacity_now() as u64 / 2
             && let Some(record) = left.pop()
         {
-            queue.0.offer(0, &record);
+            queue.0.offer(0, &record, 0);
             if left.is_empty() {
                 wake(&self.connection);
             }
