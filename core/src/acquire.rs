@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use pinfold_invalidate::{Cause, Coverage, ManualReason, Mapping, Shards, mappings};
 
 use crate::notes::What;
-use crate::object::{Fault, Object, Pin};
+use crate::object::{Fault, Object, Pin, Slot};
 use crate::populate::{populate, resident};
 use crate::state::{Snapshot, State, Step};
 use crate::{Device, Error, Preparation, Request, protocol};
@@ -73,7 +73,8 @@ impl<D: Device> Object<D> {
         let cancelled = cancelled || self.engine.is_closing();
         let Some(noted) = self.begin(token, if cancelled { Step::Refuse } else { Step::Start }) else { return };
         if cancelled {
-            self.fail(Error::Cancelled, token);
+            self.fail(&mut self.slot(), Error::Cancelled, token);
+            self.wake();
         } else {
             self.build(noted, token, Effort::WORKER);
         }
@@ -99,7 +100,7 @@ impl<D: Device> Object<D> {
         let mut learnt = Learnt { shards: noted.shards, removed: false, prepared: None };
         let (mut moved, mut anew) = (0, 0);
         loop {
-            match self.attempt(noted, &mut learnt, effort) {
+            match self.attempt(noted, token, &mut learnt, effort) {
                 Ok(Attempt::Valid) => {
                     self.wake();
                     return true;
@@ -108,9 +109,9 @@ impl<D: Device> Object<D> {
                 Ok(Attempt::Crowded) => moved = effort.attempts,
                 Ok(Attempt::Anew) => anew += 1,
                 Err(error) => {
-                    if self.word.step(noted, Step::Fault).is_ok() {
+                    if self.fault(noted, token, error) {
                         self.removed.fetch_or(learnt.removed, Ordering::AcqRel); // for the next builder
-                        self.fail(error, token);
+                        self.wake();
                         return false;
                     }
                     moved += 1; // what failed was not what is mapped now
@@ -118,10 +119,7 @@ impl<D: Device> Object<D> {
             }
             self.engine.counters.retries.fetch_add(1, Ordering::Relaxed);
             let spent = moved >= effort.attempts || anew > ATTEMPTS;
-            if spent {
-                let _ = self.word.step(noted, Step::Abandon); // or it is Invalid already, or somebody else's
-            }
-            match if spent { None } else { self.reclaim(noted, token) } {
+            match self.reclaim(noted, token, spent) {
                 Some(again) => noted = again,
                 None => {
                     self.removed.fetch_or(learnt.removed, Ordering::AcqRel); // for the next builder
@@ -132,19 +130,43 @@ impl<D: Device> Object<D> {
         }
     }
 
-    /// Notes the word anew. `None`: the object is not this builder's any more (cancelled, closed, or begun by somebody else meanwhile).
-    fn reclaim(&self, noted: Snapshot, token: u64) -> Option<Snapshot> {
+    /// Notes the word anew, or abandons the object if the attempts are `spent`. `None`: the object is not this builder's any more (cancelled,
+    /// closed, or begun by somebody else meanwhile).
+    fn reclaim(&self, noted: Snapshot, token: u64, spent: bool) -> Option<Snapshot> {
         let slot = self.slot();
+        // The word alone doesn't tell: after a cancel, the next builder's looks the same.
+        if slot.token != token {
+            return None;
+        }
+        if spent {
+            let _ = self.word.step(noted, Step::Abandon); // or it is Invalid already
+            return None;
+        }
         let seen = self.word.read();
         match seen.state {
-            _ if slot.token != token => None,
             State::Acquiring if seen == noted => Some(seen),
             State::Invalid => self.word.step(seen, Step::Claim).ok(),
             _ => None,
         }
     }
 
-    fn attempt(self: &Arc<Self>, noted: Snapshot, learnt: &mut Learnt<D>, effort: Effort) -> Result<Attempt, Error> {
+    /// Ends the acquisition by an error. False: the object has changed hands meanwhile, or is not this builder's any more.
+    fn fault(&self, noted: Snapshot, token: u64, error: Error) -> bool {
+        let mut slot = self.slot();
+        let ours = slot.token == token && self.word.step(noted, Step::Fault).is_ok();
+        if ours {
+            self.fail(&mut slot, error, token);
+        }
+        ours
+    }
+
+    fn attempt(
+        self: &Arc<Self>,
+        noted: Snapshot,
+        token: u64,
+        learnt: &mut Learnt<D>,
+        effort: Effort,
+    ) -> Result<Attempt, Error> {
         let space = &self.engine.space;
         let patience = Instant::now() + effort.patience;
         let shards = if learnt.shards.is_empty() { Shards::ALL } else { learnt.shards };
@@ -168,7 +190,7 @@ impl<D: Device> Object<D> {
             learnt.prepared = Some((prepared, before));
             return Ok(Attempt::Anew);
         }
-        if after != before {
+        if !same_memory(&before, &after) {
             return Ok(Attempt::Moved);
         }
         learnt.shards = watched;
@@ -179,15 +201,12 @@ impl<D: Device> Object<D> {
         self.engine.reserve_budget(self.range)?;
         let request = self.request(&after, true);
         let import = self.engine.device().import(&request, prepared).inspect_err(|_| self.engine.pins.sub(bytes))?;
-        let pin = Arc::new(Pin::new(import, noted.generation, bytes, Arc::clone(&self.engine)));
+        let pin = Pin::new(import, noted.generation, bytes, Arc::clone(&self.engine));
         let path = pin.path;
-        if !self.put(&pin, noted, coverage) {
-            Self::give_back(pin);
-            return Ok(Attempt::Moved);
-        }
-        if space.is_busy(watched) || protocol::publish(&**space, &self.word, noted, watched).is_none() {
-            self.take(&pin);
-            Self::give_back(pin);
+        let published =
+            if space.is_busy(watched) { Err(pin) } else { self.publish(noted, token, watched, coverage, pin) };
+        if let Err(pin) = published {
+            pin.release();
             return Ok(Attempt::Moved);
         }
         self.engine.note(self, What::Acquired(path, noted.generation));
@@ -200,7 +219,7 @@ impl<D: Device> Object<D> {
     /// What must be done before the range is watched. `None`: done, but it moved the generation.
     fn prepare(&self, before: &[Mapping], learnt: &mut Learnt<D>) -> Result<Option<D::Prepared>, Error> {
         if let Some((prepared, mappings)) = learnt.prepared.take()
-            && mappings == before
+            && same_memory(&mappings, before)
         {
             return Ok(Some(prepared));
         }
@@ -233,40 +252,33 @@ impl<D: Device> Object<D> {
         Request { range: self.range, access: self.access, mappings, watched, label: &self.label }
     }
 
-    /// Puts the pin where leases will find it. False: the object is not this builder's any more, and what is there may be another's.
-    fn put(&self, pin: &Arc<Pin<D>>, noted: Snapshot, coverage: Coverage) -> bool {
+    /// Makes the object valid with this pin, or hands the pin back. Under the object lock, and only if the acquisition is still *the* one of the
+    /// object: one that was cancelled or overtaken touches neither the word nor the pin of its successor.
+    fn publish(
+        &self,
+        noted: Snapshot,
+        token: u64,
+        shards: Shards,
+        coverage: Coverage,
+        pin: Pin<D>,
+    ) -> Result<(), Pin<D>> {
         let mut slot = self.slot();
-        // Whoever builds it after us has changed the word before it comes here.
-        let mine = self.word.read() == noted;
-        if mine {
-            slot.coverage = Some(coverage);
-            slot.fault = None;
-            slot.pin = Some(Arc::clone(pin));
+        if slot.token != token || protocol::publish(&*self.engine.space, &self.word, noted, shards).is_none() {
+            return Err(pin);
         }
-        mine
+        slot.coverage = Some(coverage);
+        slot.fault = None;
+        let stale = slot.pin.replace(Arc::new(pin));
+        drop(slot); // dropping a pin asks for a worker
+        drop(stale);
+        Ok(())
     }
 
-    /// Takes the pin out again, if it is still there.
-    fn take(&self, pin: &Arc<Pin<D>>) {
-        let mut slot = self.slot();
-        if slot.pin.as_ref().is_some_and(|there| Arc::ptr_eq(there, pin)) {
-            slot.pin = None;
-        }
-    }
-
-    /// Releases on this thread what was taken in vain; if somebody else has the last reference, dropping that does it.
-    fn give_back(pin: Arc<Pin<D>>) {
-        if let Some(pin) = Arc::into_inner(pin) {
-            pin.release();
-        }
-    }
-
-    /// Stores the error of an acquisition and tells those who wait for it.
-    pub(crate) fn fail(&self, error: Error, token: u64) {
+    /// Stores the error of an acquisition, under the object lock and together with the step of the word. The caller then wakes who waits.
+    pub(crate) fn fail(&self, slot: &mut Slot<D>, error: Error, token: u64) {
         self.engine.counters.faults.fetch_add(1, Ordering::Relaxed);
         self.engine.note(self, What::Faulted(error.errno()));
-        self.slot().fault = Some(Fault { error, token, told: false });
-        self.wake();
+        slot.fault = Some(Fault { error, token, told: false });
     }
 
     /// Takes the pages once more after a while, unless something else happens to the object first.
@@ -288,4 +300,10 @@ impl<D: Device> Object<D> {
     pub(crate) fn is_quick(&self, limit: usize) -> bool {
         self.range.len() <= limit && resident(self.range)
     }
+}
+
+/// Whether the range shows the same memory in both lists. How far the mappings reach beyond the range doesn't matter: watching splits them.
+fn same_memory(a: &[Mapping], b: &[Mapping]) -> bool {
+    let same = |(a, b): (&Mapping, &Mapping)| *a == Mapping { whole: a.whole, ..b.clone() };
+    a.len() == b.len() && a.iter().zip(b).all(same)
 }

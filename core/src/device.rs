@@ -19,6 +19,21 @@ pub enum Access {
     ReadWrite,
 }
 
+impl Access {
+    /// The access that the flags of a kernel userptr object ask for: bit 0 is `READ_ONLY`. What the kernel calls `UNSYNCHRONIZED` is
+    /// [`Manager::register_unwatched`](crate::Manager::register_unwatched).
+    ///
+    /// # Errors
+    /// [`Error::UnknownFlag`](crate::Error::UnknownFlag) for any other bit.
+    pub fn from_flags(flags: u32) -> Result<Self, crate::Error> {
+        match flags {
+            0 => Ok(Self::ReadWrite),
+            1 => Ok(Self::Read),
+            _ => Err(crate::Error::UnknownFlag(flags)),
+        }
+    }
+}
+
 /// A range that is about to be given to a device.
 #[derive(Debug)]
 pub struct Request<'a> {

@@ -224,10 +224,13 @@ impl<D: Device> Manager<D> {
     /// The objects of this manager over an address.
     ///
     /// # Errors
-    /// [`Error::Again`] if memory was changing hands for longer than two hold-offs; [`Error::Forked`], [`Error::Closed`].
+    /// [`Error::Again`] if memory was changing hands for longer than two hold-offs; [`Error::Nested`], [`Error::Forked`], [`Error::Closed`].
     pub fn find(&self, addr: usize) -> Result<Vec<Userptr<D>>, Error> {
         let engine = self.engine();
         engine.check()?;
+        if in_bracket() {
+            return Err(Error::Nested);
+        }
         let page = pinfold_invalidate::page_size();
         let Ok(range) = HostRange::new(addr & !(page - 1), page) else { return Ok(Vec::new()) };
         if !engine.space.wait_open(Shards::ALL, Instant::now() + engine.patience()) {
@@ -338,7 +341,7 @@ struct Since(Vec<u64>);
 impl Since {
     fn for_objects<D: Device>(&mut self, objects: &[&Userptr<D>]) -> &[u64] {
         if self.0.is_empty() {
-            self.0 = objects.iter().map(|userptr| userptr.handle.object.slot().token + 1).collect();
+            self.0 = objects.iter().map(|userptr| userptr.handle.object.first_to_wait_for()).collect();
         }
         &self.0
     }
@@ -387,6 +390,16 @@ impl<D: Device> Object<D> {
         }
     }
 
+    /// The acquisition that a waiter who comes now waits for first: one that failed and nobody was told, the one under way, or else the next.
+    fn first_to_wait_for(&self) -> u64 {
+        let slot = self.slot();
+        if let Some(fault) = slot.fault.as_ref().filter(|fault| !fault.told) {
+            return fault.token;
+        }
+        let under_way = matches!(self.word.read().state, State::Queued | State::Acquiring);
+        slot.token + u64::from(!under_way)
+    }
+
     fn untold_fault(&self, first: u64) -> Option<Error> {
         let mut slot = self.slot();
         let fault = slot.fault.as_mut()?;
@@ -425,22 +438,23 @@ impl<D: Device> Object<D> {
 
     /// Takes back an acquisition that is queued or under way.
     fn cancel(&self) -> bool {
-        let token = {
-            let mut slot = self.slot();
-            loop {
-                let seen = self.word.read();
-                let step = match seen.state {
-                    State::Queued => Step::Refuse,
-                    State::Acquiring => Step::Abandon,
-                    _ => return false,
-                };
-                if self.word.step(seen, step).is_ok() {
-                    slot.token += 1;
-                    break slot.token - 1;
-                }
+        let mut slot = self.slot();
+        loop {
+            let seen = self.word.read();
+            let step = match seen.state {
+                State::Queued => Step::Refuse,
+                State::Acquiring => Step::Abandon,
+                _ => return false,
+            };
+            if self.word.step(seen, step).is_ok() {
+                break;
             }
-        };
-        self.fail(Error::Cancelled, token);
+        }
+        let token = slot.token;
+        slot.token += 1;
+        self.fail(&mut slot, Error::Cancelled, token);
+        drop(slot);
+        self.wake();
         true
     }
 }
