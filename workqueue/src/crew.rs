@@ -130,22 +130,23 @@ impl Entry {
     }
 }
 
-/// One account of one node.
+/// One account of one node. What every piece of work changes is on the first lines.
 #[derive(Default)]
+#[repr(C, align(64))]
 pub(crate) struct AccountState {
+    pub(crate) ready: List,
+    pub(crate) express: List,
     pub(crate) max: u32,
     pub(crate) workers: u32,
     pub(crate) running: u32,
     /// Workers that do express work.
     pub(crate) express_running: u32,
     pub(crate) searching: u32,
-    pub(crate) ready: List,
-    pub(crate) express: List,
+    idle: Option<u32>,
+    pub(crate) counters: Counters,
     /// The system refused a thread; the keeper tries again at this time.
     pub(crate) retry: Option<Instant>,
     pub(crate) failures: u32,
-    pub(crate) counters: Counters,
-    idle: Option<u32>,
 }
 
 impl AccountState {

@@ -12,7 +12,7 @@ use crate::{
     keeper,
     list::List,
     state::{QueueState, State},
-    sync::{self, AtomicBool, AtomicU32, AtomicU64, Condvar, JoinHandle, Mutex, MutexGuard, Ordering, Parker},
+    sync::{self, Apart, AtomicBool, AtomicU32, AtomicU64, Condvar, JoinHandle, Mutex, MutexGuard, Ordering, Parker},
     sys::{self, Priority},
     topology::Topology,
     worker,
@@ -33,13 +33,13 @@ pub(crate) struct Config {
 }
 
 pub(crate) struct Shared {
-    pub(crate) state: Mutex<State>,
+    pub(crate) state: Apart<Mutex<State>>,
     /// Notified when a queue or the pool became empty, and when a thread's start came back.
     pub(crate) drained: Condvar,
     /// Notified when an item that somebody waits for has got further; shared out by slot.
     settled: [Condvar; SETTLED as usize],
     /// Counts work that became ready. Written outside the lock, a hint for spinning workers.
-    pub(crate) arrivals: AtomicU64,
+    pub(crate) arrivals: Apart<AtomicU64>,
     /// Set once by `cancel_all`, seen by every run from then on.
     pub(crate) cancel_all: AtomicBool,
     /// Where the keeper sleeps.
@@ -71,10 +71,10 @@ impl Shared {
             account: None,
         };
         Arc::new(Self {
-            state: Mutex::new(State::new(crew, rules)),
+            state: Apart(Mutex::new(State::new(crew, rules))),
             drained: Condvar::new(),
             settled: std::array::from_fn(|_| Condvar::new()),
-            arrivals: AtomicU64::new(0),
+            arrivals: Apart(AtomicU64::new(0)),
             cancel_all: AtomicBool::new(false),
             keeper: Parker::default(),
             keeper_join: Mutex::new(None),

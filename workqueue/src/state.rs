@@ -34,6 +34,7 @@ pub(crate) enum Phase {
 }
 
 /// A named queue, or (number 0) what the pool itself is as a queue.
+#[repr(align(64))]
 pub(crate) struct QueueState {
     pub(crate) name: Box<str>,
     pub(crate) max_active: u32,
@@ -54,16 +55,18 @@ pub(crate) struct QueueState {
     pub(crate) account: Option<Account>,
 }
 
+/// The few words that every submission changes come first, next to the lock itself.
+#[repr(C)]
 pub(crate) struct State {
+    /// Work admitted and not released, of all queues.
+    pub(crate) live: u64,
+    sequence: u64,
     pub(crate) slab: Slab,
     pub(crate) crew: Crew,
     pub(crate) queues: Vec<QueueState>,
     pub(crate) phase: Phase,
     /// The keeper is to return.
     pub(crate) keeper_over: bool,
-    /// Work admitted and not released, of all queues.
-    pub(crate) live: u64,
-    sequence: u64,
     tickets: u64,
 }
 

@@ -23,6 +23,20 @@ pub(crate) use loom::{
     thread_local,
 };
 
+/// Keeps what many processors write off the cache lines of what they only read, and off the pair that is fetched with
+/// it.
+#[derive(Default)]
+#[repr(align(128))]
+pub(crate) struct Apart<T>(pub(crate) T);
+
+impl<T> std::ops::Deref for Apart<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
 /// Where one thread sleeps until another wakes it. A wake that comes before the sleep is not lost, and several are one.
 #[cfg(not(loom))]
 #[derive(Default)]

@@ -57,7 +57,8 @@ pub(crate) fn current_in(shared: &Arc<Shared>) -> Option<(u32, u32, u32)> {
 /// What a worker does after it has let go of the lock.
 enum Next {
     Run(Taken),
-    Spin,
+    /// Until there are more arrivals than this.
+    Spin(u64),
     Sleep(Option<Duration>),
     Exit,
     EndPool,
@@ -91,8 +92,8 @@ pub(crate) fn run(shared: &Arc<Shared>, number: u32, worker: &Arc<Worker>) {
         shared.apply(std::mem::take(&mut fx));
         (state, next) = match next {
             Next::Run(taken) => perform(shared, number, worker, taken, &mut fx),
-            Next::Spin => {
-                spin(shared);
+            Next::Spin(before) => {
+                spin(shared, before);
                 look(shared, number, &mut fx)
             }
             Next::Sleep(limit) => {
@@ -151,7 +152,8 @@ fn choose(state: &mut State, shared: &Shared, number: u32, fx: &mut Effects) -> 
     }
     if !me.spun && !shared.config.spin.is_zero() && account.searching == 0 && account.running <= crew.processors(node) {
         crew.start_searching(number);
-        return Next::Spin;
+        // Relaxed: under the lock, so that whoever finds this worker searching counts its arrival after this.
+        return Next::Spin(shared.arrivals.load(Ordering::Relaxed));
     }
     crew.enter_idle(number);
     for account in Account::BOTH {
@@ -319,16 +321,21 @@ fn returned(
 }
 
 /// Watches for work without the lock for a short while. Only a hint: the look that follows is under the lock.
-fn spin(shared: &Shared) {
-    // Relaxed: the lock, taken next, orders everything.
-    let before = shared.arrivals.load(Ordering::Relaxed);
+///
+/// After the first moments it gives way between looks: the thread that is about to submit may want this processor.
+fn spin(shared: &Shared, before: u64) {
     let end = sync::now() + shared.config.spin;
+    let mut first = true;
     loop {
-        for _ in 0..32 {
+        for _ in 0..64 {
             std::hint::spin_loop();
+            // Relaxed: the lock, taken next, orders everything.
             if shared.arrivals.load(Ordering::Relaxed) != before {
                 return;
             }
+        }
+        if !std::mem::take(&mut first) {
+            std::thread::yield_now();
         }
         if sync::now() >= end {
             return;
