@@ -132,7 +132,8 @@ fn run_child(test: &str, key: &str, limit: Duration) -> (Option<ExitStatus>, Str
     let mut written = File::from(memfd_create(c"output", MFdFlags::MFD_CLOEXEC).expect("memfd for the child's output"));
     let output = |file: &File| Stdio::from(file.try_clone().expect("descriptor for the child's output"));
     let mut command = Command::new(program);
-    command.args([test, "--exact", "--nocapture", "--test-threads=1"]).env(CASE, key);
+    // Quiet: else the name of the test and its first line of output share a line.
+    command.args([test, "--exact", "--nocapture", "--quiet", "--test-threads=1"]).env(CASE, key);
     command.stdin(Stdio::null()).stdout(output(&written)).stderr(output(&written));
     // SAFETY: the closure runs between fork and exec of a process with threads; it only makes system calls and touches no lock.
     unsafe { command.pre_exec(no_core_and_no_orphan) };
