@@ -75,6 +75,7 @@ fn check_proofs(report: &Value) {
     let (act1, act2, act3) = (&report["in_place"], &report["busy_unmap"], &report["mapped_again"]);
     assert_eq!(act1["same_picture_as_staged"], true, "{report:#}");
     assert_eq!(act2["same_picture"], true, "{report:#}");
+    assert_eq!(act2["frame_running_when_munmap_began"], true, "{report:#}");
     assert_eq!(act3["same_address"], true, "{report:#}");
     assert_eq!(act3["same_png"], true, "{report:#}");
     assert!(act3["generation"].as_u64() > act3["generation_in_act_1"].as_u64(), "{report:#}");
@@ -146,6 +147,30 @@ fn a_mirror_gives_the_same_proofs_and_counts_its_copy() {
     assert!(act1["path"].as_str().unwrap().starts_with("Mirror"), "{act1:#}");
     assert_eq!(act1["bytes_in_place"], 0);
     assert!(act1["bytes_copied"].as_u64().unwrap() >= fs::metadata(file.path()).unwrap().len(), "{act1:#}");
+}
+
+#[test]
+fn an_import_is_what_is_asked_for_and_a_forbidden_alias_is_an_error_on_a_cpu_driver_instead_of_a_crash() {
+    if !driver() {
+        return;
+    }
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), Model::cube(Indices::U16).bytes()).unwrap();
+    let arguments = [file.path().to_str().unwrap(), "--size", "64x64", "--frames", "1", "--path", "import", "--json"];
+    let output = demo(&arguments, Path::new("/dev/null")).output().unwrap();
+    if String::from_utf8_lossy(&output.stderr).contains("VK_EXT_external_memory_host") {
+        skip::skip("this device can't import host memory");
+        return;
+    }
+    let imported = report(&output);
+    check_proofs(&imported);
+    assert_eq!(imported["in_place"]["path"], "Import");
+    if imported["device"]["kind"] == "CPU driver" {
+        assert_eq!(imported["busy_unmap"]["path"], "AliasImport");
+        let output = demo(&arguments, Path::new("/dev/null")).env("PINFOLD_FORCE", "import").output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{:?}", output.status);
+        assert!(String::from_utf8_lossy(&output.stderr).contains("PINFOLD_FORCE"));
+    }
 }
 
 #[test]

@@ -28,7 +28,8 @@ const DEFAULT_MODEL: &str = "/usr/share/assimp/models/glTF2/2CylinderEngine-glTF
 
 /// Draw a binary glTF file straight from the page cache, and unmap it while the GPU is busy.
 ///
-/// Drawn are triangles with base colours and one lamp; textures, skins, morphs and transparency are not. The Vulkan driver is the loader's
+/// Drawn are triangles with base colours and one lamp; textures, skins, morphs and transparency are not. The model must not be truncated while
+/// it is drawn: a CPU driver reads the mapping as the program would, and beyond the file's end that is SIGBUS. The Vulkan driver is the loader's
 /// choice (VK_DRIVER_FILES). Debug builds run under the validation layer where it is installed; PINFOLD_VALIDATION=0 or 1 decides otherwise.
 #[derive(Debug, Parser)]
 #[command(name = "demo", after_help = report::HELP)]
@@ -61,7 +62,7 @@ struct Arguments {
 enum Way {
     /// Imported where the driver can, else copied
     Auto,
-    /// Imported, or an error
+    /// Imported, itself or by an alias, or an error
     Import,
     /// Copied into memory of the device, and kept fresh
     Mirror,
@@ -93,7 +94,8 @@ fn run(arguments: &Arguments) -> Result<()> {
     let gpu = Gpu::open(arguments.gpu.as_deref(), validation())?;
     let force = match arguments.path {
         Way::Auto => None,
-        Way::Import => Some(Force::Import),
+        // `Force::Import` forbids aliases too, without which a CPU driver can't survive the second act.
+        Way::Import => Some(Force::Alias),
         Way::Mirror => Some(Force::Mirror),
     };
 

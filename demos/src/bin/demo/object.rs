@@ -116,6 +116,11 @@ impl<'g> InPlace<'g> {
         object.coverage() == Some(Coverage::Watched)
     }
 
+    /// Whether the device has the program's own mapping, and no alias of it.
+    pub(crate) fn is_bare_import(object: &Object) -> bool {
+        object.path() == Some(Path::Import)
+    }
+
     /// Tells the object that its memory has changed hands, where the kernel doesn't.
     pub(crate) fn tell(&self, object: &Object) -> Result<()> {
         if !Self::is_watched(object) {

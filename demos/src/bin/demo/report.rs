@@ -22,8 +22,8 @@ The report, and the fields of --json (times in milliseconds):
                 staged_bytes_copied, and the medians ready and first_frame, each in_place, staged, ratio. `ready` is from mapping the
                 file until commands can name its bytes (staged: from allocating until the copy is there), `first_frame` until the frame is over
   busy_unmap    mapping, bytes_copied_for_this_act, path, coverage, scene_drawn_times, deadline_ms, submit, frame (from its submit to its end),
-                idle_munmap, held (how long munmap took), frame_over_when_munmap_returned, late, state_before, state_after, became_invalid,
-                same_picture (of the busy frame and the first)
+                idle_munmap, held (how long munmap took), frame_running_when_munmap_began, frame_over_when_munmap_returned, late,
+                state_before, state_after, became_invalid, same_picture (of the busy frame and the first)
   mapped_again  same_address, path, generation_in_act_1, generation, same_png
 
 Ends with 1, and says why, if the model can't be drawn or one of the proofs fails.";
@@ -109,6 +109,7 @@ pub(crate) struct BusyUnmap {
     pub(crate) frame: Millis,
     pub(crate) idle_munmap: Millis,
     pub(crate) held: Millis,
+    pub(crate) frame_running_when_munmap_began: bool,
     pub(crate) frame_over_when_munmap_returned: bool,
     pub(crate) late: bool,
     pub(crate) state_before: String,
@@ -184,6 +185,7 @@ impl Report {
         let watched = busy.watched;
         let wrong = [
             (!self.in_place.same_picture_as_staged, "the picture from the mapping differs from the one from a copy"),
+            (!busy.frame_running_when_munmap_began, "the frame was over before munmap was called"),
             (watched && busy.late, "the deadline passed before the frame was over"),
             (watched && !busy.frame_over_when_munmap_returned, "munmap returned before the frame was over"),
             (watched && !busy.became_invalid, "the object did not go from Valid to Invalid"),
