@@ -3,6 +3,8 @@
 //! `cargo bench -p pinfold-benches --bench index [filter]`. Ranges are 1 to 16 pages long with gaps of 0 to 16 pages;
 //! every tenth is longer by 16 to 63 pages, so that ranges overlap. All contenders hold the same, in one process.
 //! Only the index can be read while it is changed; the others would need a lock around them, which isn't counted.
+//!
+//! Times are the thread's own processor time, so that a busy machine disturbs caches only.
 
 use std::collections::BTreeMap;
 use std::hint::black_box;
@@ -10,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use criterion::measurement::{Measurement, ValueFormatter, WallTime};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use iset::IntervalMap;
 use pinfold_invalidate::index::{Index, warm_up_thread};
@@ -31,6 +34,49 @@ impl Random {
         for at in (1..items.len()).rev() {
             items.swap(at, self.below(at + 1));
         }
+    }
+}
+
+/// Processor time of the calling thread.
+struct CpuTime;
+
+impl CpuTime {
+    fn now() -> Duration {
+        // SAFETY: a timespec is two integers, for which zero is a value.
+        let mut now: libc::timespec = unsafe { std::mem::zeroed() };
+        // SAFETY: `now` is a live timespec that the call writes.
+        let answer = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut now) };
+        assert_eq!(answer, 0, "every thread has a clock");
+        Duration::new(now.tv_sec.unsigned_abs(), u32::try_from(now.tv_nsec).expect("less than a second"))
+    }
+}
+
+impl Measurement for CpuTime {
+    type Intermediate = Duration;
+    type Value = Duration;
+
+    fn start(&self) -> Duration {
+        Self::now()
+    }
+
+    fn end(&self, start: Duration) -> Duration {
+        Self::now() - start
+    }
+
+    fn add(&self, a: &Duration, b: &Duration) -> Duration {
+        *a + *b
+    }
+
+    fn zero(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    fn to_f64(&self, value: &Duration) -> f64 {
+        WallTime.to_f64(value)
+    }
+
+    fn formatter(&self) -> &dyn ValueFormatter {
+        WallTime.formatter()
     }
 }
 
@@ -216,7 +262,7 @@ impl Contender for Super {
     }
 }
 
-fn ask<C: Contender>(c: &mut Criterion, load: &Load) {
+fn ask<C: Contender>(c: &mut Criterion<CpuTime>, load: &Load) {
     let contender = C::build(load);
     let (addresses, mut next) = (load.addresses(), 0);
     let mut address = || {
@@ -233,7 +279,7 @@ fn ask<C: Contender>(c: &mut Criterion, load: &Load) {
     });
 }
 
-fn change<C: Changing>(c: &mut Criterion, load: &Load) {
+fn change<C: Changing>(c: &mut Criterion<CpuTime>, load: &Load) {
     let mut contender = C::build(load);
     let (mut random, n) = (Random(3), load.ranges.len());
     let mut group = c.benchmark_group(format!("remove and insert/{n}"));
@@ -246,7 +292,7 @@ fn change<C: Changing>(c: &mut Criterion, load: &Load) {
     });
 }
 
-fn giant<C: Contender>(c: &mut Criterion, load: &Load) {
+fn giant<C: Contender>(c: &mut Criterion<CpuTime>, load: &Load) {
     let contender = C::build(load);
     let (addresses, mut next) = (load.addresses(), 0);
     c.benchmark_group(format!("find beside one giant range/{}", load.ranges.len())).bench_function(C::NAME, |b| {
@@ -281,28 +327,28 @@ fn bytes<C: Contender>(load: &Load) {
     drop(contender);
 }
 
-/// Reads and writes at once: how many finds two readers do in all, and how long a change takes meanwhile.
+/// Reads and writes at once: what readers lose to each other and to a writer, and how long a change takes meanwhile.
 fn together(load: &Load) {
     let ours = Ours::build(load);
     let addresses = load.addresses();
-    for (readers, pause) in [(1, None), (2, None), (2, Some(Duration::from_micros(100)))] {
+    for (readers, pause) in [(1_u32, None), (2, None), (2, Some(Duration::from_micros(100)))] {
         let stop = AtomicBool::new(false);
-        let (mut reads, mut writes) = (0_usize, Vec::new());
+        let (mut reads, mut writes) = (0.0, Vec::new());
         std::thread::scope(|scope| {
             let reader = |first: usize| {
                 let (ours, stop, addresses) = (&ours, &stop, &addresses);
                 move || {
-                    let mut done = first;
+                    let (mut done, begun) = (first, CpuTime::now());
                     while !stop.load(Ordering::Relaxed) {
                         for _ in 0..256 {
                             black_box(ours.find(addresses[done % addresses.len()]));
                             done += 1;
                         }
                     }
-                    done - first
+                    (done - first) as f64 / (CpuTime::now() - begun).as_secs_f64()
                 }
             };
-            let started: Vec<_> = (0..readers).map(|n| scope.spawn(reader(n * 5000))).collect();
+            let started: Vec<_> = (0..readers).map(|n| scope.spawn(reader(n as usize * 5000))).collect();
             let (begun, mut random) = (Instant::now(), Random(4));
             while begun.elapsed() < Duration::from_millis(1000) {
                 std::thread::sleep(pause.unwrap_or(Duration::from_millis(100)));
@@ -315,14 +361,15 @@ fn together(load: &Load) {
                 }
             }
             stop.store(true, Ordering::Relaxed);
-            reads = started.into_iter().map(|reader| reader.join().expect("no reader panics")).sum();
+            reads = started.into_iter().map(|reader| reader.join().expect("no reader panics")).sum::<f64>()
+                / f64::from(readers);
         });
         writes.sort_unstable();
         let percentile = |p: usize| writes.get(writes.len() * p / 100).copied().unwrap_or_default();
         println!(
-            "{readers} readers, a writer {}: {:.1} M finds/s in all; a change p50 {:?} p99 {:?}",
+            "{readers} readers, a writer {}: {:.1} M finds per second of a reader's processor time; a change p50 {:?} p99 {:?}",
             if pause.is_some() { "every 100 us" } else { "never" },
-            reads as f64 / 1e6,
+            reads / 1e6,
             percentile(50),
             percentile(99),
         );
@@ -330,7 +377,7 @@ fn together(load: &Load) {
 }
 
 /// One leaf's content: what the index copies at a change and looks into at a question, as plain arrays and as rust-lapper.
-fn leaf(c: &mut Criterion) {
+fn leaf(c: &mut Criterion<CpuTime>) {
     let load = Load::new(48);
     let lapper = Lapper::<usize, (u64, Value)>::build(&load);
     let ours = Ours::build(&load);
@@ -371,6 +418,7 @@ fn leaf(c: &mut Criterion) {
 
 fn main() {
     let mut c = Criterion::default()
+        .with_measurement(CpuTime)
         .warm_up_time(Duration::from_millis(200))
         .measurement_time(Duration::from_millis(800))
         .sample_size(30)
