@@ -16,7 +16,7 @@ use super::filter::{Filter, FilterEntry, FilterError};
 use super::limit::WatchLimit;
 use super::list::{ListInner, Scope};
 use super::note::Note;
-use super::record::{MAX_RECORD_LEN, Record, TYPE_META};
+use super::record::{HEADER_LEN, MAX_RECORD_LEN, Record, TYPE_META};
 use super::ring::{Push, Ring, Slots};
 #[cfg(not(loom))]
 use super::share::Caller;
@@ -569,6 +569,8 @@ impl QueueInner {
                 return Err(ReadError::Empty);
             };
             match copied {
+                // No record is shorter than its header: don't look for one that can't fit.
+                Ok(len) if left.len() - len < HEADER_LEN => return Ok(total + len),
                 Ok(len) => total += len,
                 Err(_) if total > 0 => return Ok(total),
                 Err(needed) => return Err(ReadError::NoBuffer { needed, given: left.len() }),
