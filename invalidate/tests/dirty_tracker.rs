@@ -4,8 +4,13 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
-use pinfold_invalidate::{DirtyTracker, HostRange, Taken, any_present, page_size};
+use pinfold_invalidate::{
+    Change, Coverage, DirtyTracker, HostRange, Shards, Space, Taken, Target, any_present, page_size,
+};
 
 /// Pages of this test's own.
 struct Pages(HostRange);
@@ -261,6 +266,49 @@ fn any_writes_agree_with_a_list() {
             }
         }
     }
+}
+
+#[derive(Default)]
+struct Told(AtomicU32, AtomicU32);
+
+impl Target for Told {
+    fn invalidated(&self, _: &Change) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn settled(self: Arc<Self>) {}
+
+    fn shards(&self) -> Shards {
+        Shards(self.1.load(Ordering::SeqCst) as u16)
+    }
+}
+
+#[test]
+fn a_watched_range_is_tracked_too_and_stays_watched_when_the_tracker_goes() {
+    let pages = Pages::anonymous(8);
+    if tracker(pages.0).is_none() {
+        return;
+    }
+    let space = Space::get(Duration::from_millis(100)).unwrap();
+    let told = Arc::new(Told::default());
+    let range = pages.0;
+    space.insert(range, 1, told.clone());
+    let watched = space.watch(pages.0).unwrap();
+    if watched.coverage != Coverage::Watched {
+        eprintln!("skipped: can't watch here: {:?}", watched.coverage);
+        return;
+    }
+    told.1.store(watched.shards.0.into(), Ordering::SeqCst);
+    let mut both = DirtyTracker::new(pages.0);
+    assert!(both.refused().is_none(), "{:?}", both.refused());
+    pages.write(3);
+    assert_eq!(take(&mut both, &pages), (Taken::Exact, vec![3]));
+    drop(both);
+    assert_eq!(told.0.load(Ordering::SeqCst), 0, "tracking is no change");
+    drop(pages);
+    assert!(space.wait_open(watched.shards, Instant::now() + Duration::from_secs(10)));
+    assert_eq!(told.0.load(Ordering::SeqCst), 1, "the unmapping is still heard of");
+    space.remove(range, 1);
 }
 
 /// Runs `body` in a forked child and returns whether it said yes.
