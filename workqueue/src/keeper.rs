@@ -19,7 +19,7 @@ use crate::{
     shared::Shared,
     state::State,
     sync::{self, Ordering},
-    sys,
+    sys::{self, Priority},
 };
 
 /// How long nothing may finish while work waits.
@@ -40,6 +40,10 @@ struct Watch {
 /// The body of the keeper thread.
 pub(crate) fn run(shared: &Arc<Shared>) {
     shared.keeper.settle();
+    if shared.config.priority == Priority::High {
+        // Its timers are as urgent as what they start.
+        sys::raise_priority();
+    }
     let mut watch = Watch { finished: 0, next: None, pause: TICK };
     loop {
         for (node, accounts) in (0..).zip(&shared.wanted) {

@@ -1,4 +1,53 @@
 //! A work queue with bounded and may-sleep accounting, ordering by key, cancellation and delayed work.
+//!
+//! It follows two models. Its workers are managed like those of io_uring's io-wq: work that finishes by itself and work
+//! that may sleep for long have limits of their own, a worker that blocks never holds up what is queued, and cancelling
+//! says whether it found the work pending, running or not at all. Its work items have the rules of Linux's workqueues:
+//! one item never runs twice at a time, queued again while it runs means one more run, and after a cancel that waits it
+//! does not run.
+//!
+//! ```
+//! use pinfold_workqueue::{Cancelled, Flags, Job, Queue};
+//! use std::time::Duration;
+//!
+//! let queue = Queue::new("example", Flags::UNBOUND, 0)?;
+//! // A job is called once: by a worker, or as cancelled.
+//! let handle = queue.submit(Job::new(|context| assert!(context.cancelled())).after(Duration::from_secs(3600)))?;
+//! assert_eq!(handle.cancel(), Cancelled::Ok);
+//! // An item can be queued again and again.
+//! let mut runs = 0;
+//! let work = queue.work(move |_| runs += 1);
+//! assert!(work.queue()?);
+//! assert!(work.flush().is_ok());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! | wanted | use |
+//! | --- | --- |
+//! | run once, with a key, a delay, a follow-up or a cancel hook | [`Job`], [`Pool::submit`], [`Queue::submit`] |
+//! | wait for the result: blocked, as a future, by eventfd | [`Job::tracked`], [`Completion`] |
+//! | run again and again, without allocating | [`Work`], from [`Queue::work`] |
+//! | limit, order, drain or prioritise a kind of work | [`Queue`], [`Flags`] |
+//! | sleep inside work | [`blocking()`], or leave it to the watchdog |
+//! | see what goes on | [`Pool::counters`], and the `Debug` of [`Pool`] |
+//!
+//! # What it is built on
+//!
+//! One lock per pool guards everything; under it nothing is allocated, freed, woken or called. That is fast where a few
+//! processors share a pool, and the limit where many do: then use several pools. The sleeping and waking protocol has
+//! its proof in the `crew` module and its models in `tests/loom.rs`. There is no unsafe code.
+//!
+//! # When the calling thread may not allocate
+//!
+//! [`Work::queue`] and its kin allocate and free nothing. With
+//! [`PoolBuilder::submitters_never_start_threads`] they don't start threads either: they take one short lock and at
+//! most wake a thread.
+//!
+//! # Tests beyond `cargo test`
+//!
+//! `RUSTFLAGS="--cfg loom" LOOM_MAX_PREEMPTIONS=2 cargo test -p pinfold-workqueue --test loom --release` explores the
+//! models. `PINFOLD_SOAK_CYCLES=10000000 cargo test -p pinfold-workqueue --release --test pool no_wake_up_is_lost` looks
+//! for lost wake-ups for longer.
 
 #![forbid(unsafe_code)]
 

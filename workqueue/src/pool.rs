@@ -27,6 +27,7 @@ pub struct PoolBuilder {
     bounded: Option<u32>,
     may_sleep: Option<u32>,
     topology: Option<Topology>,
+    refused: u32,
 }
 
 impl PoolBuilder {
@@ -41,7 +42,7 @@ impl PoolBuilder {
             pin: false,
             process: std::process::id(),
         };
-        Self { config, bounded: None, may_sleep: None, topology: None }
+        Self { config, bounded: None, may_sleep: None, topology: None, refused: 0 }
     }
 
     /// The most workers, per node, for work that finishes by itself. Without it: processors + 1, at least 4.
@@ -102,13 +103,23 @@ impl PoolBuilder {
         self
     }
 
+    /// Makes the system refuse the first `threads`, for tests of what happens then.
+    #[doc(hidden)]
+    pub fn refuse_threads(mut self, threads: u32) -> Self {
+        self.refused = threads;
+        self
+    }
+
     /// Starts the pool: its keeper and one worker per node.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a bounded maximum of 0, [`Error::NoThread`] if the system gives no thread for these.
+    /// [`Error::Invalid`] for a bounded maximum of 0 or a zero byte in the name, [`Error::NoThread`] if the system gives no thread for these.
     pub fn build(self) -> Result<Pool, Error> {
         if self.bounded == Some(0) {
             return Err(Error::Invalid("a pool needs at least one bounded worker"));
+        }
+        if self.config.name.contains('\0') {
+            return Err(Error::Invalid("a thread's name cannot contain a zero byte"));
         }
         let topology = self.topology.unwrap_or_else(Topology::of_this_machine);
         let sleepers = || sys::thread_limit().map_or(MOST_SLEEPERS, |n| n.min(MOST_SLEEPERS.into()) as u32);
@@ -120,6 +131,8 @@ impl PoolBuilder {
         });
         let crew = Crew::new(nodes.collect(), sys::privileged());
         let shared = Shared::new(self.config, topology, crew);
+        // Relaxed: nobody else knows the pool yet.
+        shared.refuse.store(self.refused, Ordering::Relaxed);
         let pool = Pool { owner: Arc::new(Owner { shared }) };
         pool.owner.shared.open_for_business()?;
         Ok(pool)

@@ -1,6 +1,7 @@
 //! What a pool's handles, workers and keeper share, and the operations that go through its lock.
 
 use std::{
+    io,
     sync::{Arc, OnceLock},
     time::Duration,
 };
@@ -86,16 +87,16 @@ impl Shared {
         })
     }
 
-    /// Starts the keeper and each node's first worker.
+    /// Starts each node's first worker, and the keeper.
     pub(crate) fn open_for_business(self: &Arc<Self>) -> Result<(), Error> {
         let no_thread = |source| Error::NoThread { name: self.config.name.clone(), source };
-        let shared = Arc::clone(self);
-        let keeper = sync::spawn(&self.config.name, move || keeper::run(&shared)).map_err(no_thread)?;
-        *sync::lock(&self.keeper_join) = Some(keeper);
         for node in 0..self.topology.len() as u32 {
             self.lock().crew.enlist(node, Account::Bounded);
             self.try_start_worker(node, Account::Bounded).map_err(no_thread)?;
         }
+        let shared = Arc::clone(self);
+        let keeper = self.start_thread(move || keeper::run(&shared)).map_err(no_thread)?;
+        *sync::lock(&self.keeper_join) = Some(keeper);
         Ok(())
     }
 
@@ -169,22 +170,15 @@ impl Shared {
         }
     }
 
-    pub(crate) fn try_start_worker(self: &Arc<Self>, node: u32, account: Account) -> std::io::Result<()> {
+    pub(crate) fn try_start_worker(self: &Arc<Self>, node: u32, account: Account) -> io::Result<()> {
         let worker = Worker::new();
         let (number, old) = self.enlist(Entry::new(Arc::clone(&worker), node, account));
         if let Some(old) = old {
             // It has left its entry and is about to return; nothing it still does waits for anybody.
             let _ = old.join.map(JoinHandle::join);
         }
-        // Relaxed: tests set it before the work that it is to fail.
-        let refused =
-            self.refuse.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok();
-        let started = if refused {
-            Err(rustix::io::Errno::AGAIN.into())
-        } else {
-            let shared = Arc::clone(self);
-            sync::spawn(&self.config.name, move || worker::run(&shared, number, &worker))
-        };
+        let shared = Arc::clone(self);
+        let started = self.start_thread(move || worker::run(&shared, number, &worker));
         let mut state = self.lock();
         state.crew.workers[number as usize].starting = false;
         let result = match started {
@@ -204,6 +198,16 @@ impl Shared {
         drop(state);
         self.drained.notify_all();
         result
+    }
+
+    /// A thread with the pool's name, unless a test has the system refuse it.
+    fn start_thread(&self, run: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+        // Relaxed: tests set it before what is to fail.
+        let refused = self.refuse.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
+        if refused.is_ok() {
+            return Err(rustix::io::Errno::AGAIN.into());
+        }
+        sync::spawn(&self.config.name, run)
     }
 
     /// Puts a worker into the table, which grows outside the lock; gives back what was in its place.

@@ -376,7 +376,48 @@ fn a_refused_thread_leaves_the_work_to_those_there_are_and_is_asked_for_again() 
 }
 
 #[test]
-fn work_goes_to_the_submitters_node_and_keys_hold_across_nodes() {
+fn a_pool_that_gets_no_thread_at_all_is_not_made() {
+    match Pool::builder("test").refuse_threads(1).build() {
+        Err(error) => assert_eq!(error.errno(), 11, "{error}"),
+        Ok(pool) => panic!("made without threads: {pool:?}"),
+    }
+}
+
+#[test]
+fn a_lower_limit_takes_effect_as_workers_finish() {
+    let pool = Pool::builder("test").bounded(8).build().expect("a pool");
+    let gates: Vec<_> = (0..6).map(|_| occupy(&pool, Job::concurrent)).collect();
+    pool.set_max_workers(Account::Bounded, 2).expect("valid");
+    assert_eq!(pool.max_workers(Account::Bounded), 2);
+    drop(gates);
+    eventually("two are left", || pool.workers(Account::Bounded) == 2);
+    let made = pool.counters(Account::Bounded);
+    assert_eq!(made.workers_made - made.workers_gone, 2);
+    assert!(pool.set_max_workers(Account::Bounded, 0).is_err());
+}
+
+#[test]
+fn work_runs_on_a_processor_of_the_node_that_submits_it() {
+    use rustix::thread::{CpuSet, sched_getcpu, sched_setaffinity};
+    let pool = Pool::builder("test").topology(Topology::from_nodes([[0], [1]])).build().expect("a pool");
+    let mut tried = 0;
+    for processor in [0, 1, 0, 1] {
+        let mut only = CpuSet::new();
+        only.set(processor);
+        if sched_setaffinity(None, &only).is_err() {
+            eprintln!("skipped: this process may not use processor {processor}");
+            continue;
+        }
+        tried += 1;
+        let (job, ran_on) = Job::tracked(|_| Ok(sched_getcpu()));
+        pool.submit(job).expect("accepted");
+        assert_eq!(ran_on.wait().expect("it runs"), processor);
+    }
+    assert!(tried > 0, "one of two processors can be used");
+}
+
+#[test]
+fn keys_hold_across_nodes() {
     let pool = Pool::builder("test").topology(Topology::from_nodes([[0], [1]])).build().expect("a pool");
     let busy = Arc::new(AtomicBool::new(false));
     let order = Arc::new(Mutex::new(Vec::new()));
