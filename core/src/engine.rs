@@ -29,6 +29,8 @@ pub(crate) struct Engine<D: Device> {
     pub(crate) pins: Level,
     /// Submits under way.
     pub(crate) flights: Level,
+    /// Threads that have taken a stale pin out of its slot and not yet let go of it.
+    pub(crate) loose: Level,
     closing: AtomicBool,
 }
 
@@ -115,6 +117,7 @@ impl<D: Device> Engine<D> {
             counters: Counters::default(),
             pins: Level::default(),
             flights: Level::default(),
+            loose: Level::default(),
             closing: AtomicBool::new(false),
         })
     }
@@ -184,6 +187,8 @@ impl<D: Device> Engine<D> {
     /// Does what is queued and ends the workers, then the device's own threads. For the manager's drop.
     pub(crate) fn end(&self) {
         drop(self.queue.lock().unwrap_or_else(PoisonError::into_inner).take());
+        // The settle thread releases by itself what it takes out now.
+        self.loose.wait_none(Instant::now() + self.config.close_limit);
         self.device().shut_down();
     }
 

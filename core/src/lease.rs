@@ -4,7 +4,7 @@ use std::future::Future;
 use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::pin::Pin as StdPin;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
@@ -206,7 +206,9 @@ pub(crate) struct Flight<D: Device> {
     uses: Uses,
     /// Signals that have not come yet.
     left: AtomicU32,
-    lost: AtomicU32,
+    lost: AtomicBool,
+    /// A hold-off has given up on it.
+    late: AtomicBool,
     over: Futex,
     rest: Mutex<Rest<D>>,
     engine: Arc<Engine<D>>,
@@ -232,7 +234,8 @@ impl<D: Device> Flight<D> {
         let flight = Arc::new(Self {
             uses,
             left: AtomicU32::new(1), // ours, until every signal is followed
-            lost: AtomicU32::new(0),
+            lost: AtomicBool::new(false),
+            late: AtomicBool::new(false),
             over: Futex::new(),
             rest: Mutex::new(rest),
             engine: Arc::clone(engine),
@@ -241,7 +244,9 @@ impl<D: Device> Flight<D> {
             flight.left.fetch_add(1, Ordering::Relaxed);
             engine.device().follow(signal, Ticket::new(Arc::clone(&flight) as Arc<dyn Retire>));
         }
-        flight.retire_one(Outcome::Done);
+        if flight.signal_one(Outcome::Done) {
+            flight.finish();
+        }
         Pending { flight: Some(flight) }
     }
 
@@ -251,23 +256,26 @@ impl<D: Device> Flight<D> {
 }
 
 impl<D: Device> Retire for Flight<D> {
-    fn retire_one(&self, outcome: Outcome) {
+    fn signal_one(&self, outcome: Outcome) -> bool {
         if outcome == Outcome::Lost {
-            self.lost.store(1, Ordering::Relaxed);
+            self.lost.store(true, Ordering::Relaxed);
         }
         // AcqRel: the last signal sees what the others left.
         if self.left.fetch_sub(1, Ordering::AcqRel) != 1 {
-            return;
+            return false;
         }
-        // First of all, and without touching the allocator: a mutator may be waiting for this, with the allocator's lock.
-        let late = self.uses.end(&*self.engine.space);
-        let outcome = if self.lost.load(Ordering::Relaxed) == 0 { Outcome::Done } else { Outcome::Lost };
+        self.late.store(self.uses.end(&*self.engine.space), Ordering::Relaxed);
+        true
+    }
+
+    fn finish(&self) {
+        let outcome = if self.lost.load(Ordering::Relaxed) { Outcome::Lost } else { Outcome::Done };
         let (held, wakers) = {
             let mut rest = self.rest.lock().unwrap_or_else(PoisonError::into_inner);
             rest.outcome = Some(outcome);
             (std::mem::take(&mut rest.held), std::mem::take(&mut rest.wakers))
         };
-        if late {
+        if self.late.load(Ordering::Relaxed) {
             for held in &held {
                 // The monitor may be about to say so, and must not find the object idle instead.
                 held.handle.object.ended_late.store(held.noted.generation.0 + 1, Ordering::Relaxed);

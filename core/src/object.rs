@@ -154,7 +154,10 @@ impl<D: Device> Target for Object<D> {
     }
 
     fn settled(self: Arc<Self>) {
+        // Counted, so that the manager's end waits for a pin that is in nobody's slot and not yet released.
+        self.engine.loose.add(0);
         drop(self.take_stale_pin());
+        self.engine.loose.sub(0);
     }
 
     fn shards(&self) -> Shards {

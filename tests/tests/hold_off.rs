@@ -9,6 +9,7 @@ use pinfold_tests::fake::{Answer, Call, FakeDevice};
 use pinfold_tests::fence::Fence;
 use pinfold_tests::fire_door::FireDoorAllocator;
 use pinfold_tests::memory::{Backing, Region};
+use pinfold_tests::process::isolated;
 
 #[global_allocator]
 static ALLOCATOR: FireDoorAllocator = FireDoorAllocator;
@@ -21,6 +22,12 @@ fn patient() -> Config {
 
 #[test]
 fn a_mutator_is_held_until_the_work_is_over_and_finds_the_object_invalid() {
+    // By a closure: that is how a child knows which test is its own.
+    #[allow(clippy::redundant_closure)]
+    isolated(|| hold_and_find_invalid()).expect_return();
+}
+
+fn hold_and_find_invalid() {
     let device = FakeDevice::new();
     let manager = Manager::new(device.clone(), patient()).unwrap();
     for backing in Backing::ALL.into_iter().filter(|backing| backing.watchable()) {
@@ -61,6 +68,12 @@ fn a_mutator_is_held_until_the_work_is_over_and_finds_the_object_invalid() {
 
 #[test]
 fn a_builder_that_was_overtaken_leaves_the_next_ones_work_alone() {
+    // Alone: an acquisition on the caller's thread doesn't wait for a gate that another test's mutation has closed.
+    #[allow(clippy::redundant_closure)]
+    isolated(|| overtake_a_builder()).expect_return();
+}
+
+fn overtake_a_builder() {
     for cancel in [false, true] {
         let device = FakeDevice::new();
         let manager = Manager::new(device.clone(), patient()).unwrap();

@@ -43,10 +43,15 @@ pub struct Timeline {
 
 /// What is told when a value is reached: a [`Ticket`], or what a test puts in its place.
 pub(crate) trait Retire: Send + 'static {
+    fn signal(&self, outcome: Outcome);
     fn retire(self, outcome: Outcome);
 }
 
 impl Retire for Ticket {
+    fn signal(&self, outcome: Outcome) {
+        Ticket::signal(self, outcome);
+    }
+
     fn retire(self, outcome: Outcome) {
         Ticket::retire(self, outcome);
     }
@@ -260,7 +265,7 @@ impl<T: Retire> Line<T> {
         // SAFETY: a ticket for this semaphore is pending, and until it is retired the engine keeps the semaphore alive (the contract of
         // `VulkanDevice::new`).
         match unsafe { gpu.wait(self.semaphore, value, limit) } {
-            Ok(true) => self.retire(value, Outcome::Done),
+            Ok(true) => self.retire(self.reached(gpu, value), Outcome::Done),
             // The end: what isn't reached now never will be.
             Ok(false) if limit.is_zero() => self.retire(u64::MAX, Outcome::Lost),
             Ok(false) => {}
@@ -270,8 +275,25 @@ impl<T: Retire> Line<T> {
         true
     }
 
-    /// Retires every ticket whose value is at most `reached`.
+    /// The highest value with a ticket that is reached, where `value` is.
+    fn reached(&self, gpu: &Gpu, mut value: u64) -> u64 {
+        loop {
+            let next =
+                self.queue().pending.iter().map(|Reverse(waiting)| waiting.value).filter(|&next| next > value).min();
+            // SAFETY: as in `serve_once`.
+            match next.filter(|&next| unsafe { gpu.wait(self.semaphore, next, Duration::ZERO) } == Ok(true)) {
+                Some(next) => value = next,
+                None => return value,
+            }
+        }
+    }
+
+    /// Retires every ticket whose value is at most `reached`: signals all of them, and only then does what may allocate or free.
     fn retire(&self, reached: u64, outcome: Outcome) {
+        let over = |waiting: &Waiting<T>| waiting.value <= reached;
+        self.queue().pending.iter().filter(|Reverse(waiting)| over(waiting)).for_each(|Reverse(waiting)| {
+            waiting.ticket.signal(outcome);
+        });
         loop {
             let mut queue = self.queue();
             if queue.pending.peek().is_none_or(|Reverse(first)| first.value > reached) {

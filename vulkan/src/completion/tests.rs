@@ -1,5 +1,6 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::ThreadId;
 
@@ -43,17 +44,25 @@ struct Told {
     outcome: Outcome,
     thread: ThreadId,
     allocations: u64,
+    /// How many tickets of the setup had been signalled by then.
+    signalled: usize,
 }
 
 struct Probe {
     tag: u64,
     tell: SyncSender<Told>,
+    signalled: Arc<AtomicUsize>,
 }
 
 impl Retire for Probe {
+    fn signal(&self, _: Outcome) {
+        self.signalled.fetch_add(1, Ordering::SeqCst);
+    }
+
     fn retire(self, outcome: Outcome) {
         let (thread, allocations) = (thread::current().id(), ALLOCATIONS.get());
-        self.tell.send(Told { tag: self.tag, outcome, thread, allocations }).unwrap();
+        let signalled = self.signalled.load(Ordering::SeqCst);
+        self.tell.send(Told { tag: self.tag, outcome, thread, allocations, signalled }).unwrap();
     }
 }
 
@@ -61,6 +70,7 @@ struct Setup {
     completion: Completion<Probe>,
     tell: SyncSender<Told>,
     told: Receiver<Told>,
+    signalled: Arc<AtomicUsize>,
     // Dropped last.
     fixture: Fixture,
 }
@@ -71,11 +81,15 @@ impl Setup {
         // SAFETY: the fixture outlives it, and its handles belong together.
         let gpu = Arc::new(unsafe { Gpu::new(fixture.context()) }.unwrap());
         let (tell, told) = sync_channel(1000);
-        Some(Self { completion: Completion::new(&gpu), tell, told, fixture })
+        let signalled = Arc::default();
+        Some(Self { completion: Completion::new(&gpu), tell, told, signalled, fixture })
     }
 
     fn follow(&self, semaphore: vk::Semaphore, value: u64, tag: u64) {
-        self.completion.follow(Timeline { semaphore, value }, Probe { tag, tell: self.tell.clone() });
+        self.completion.follow(
+            Timeline { semaphore, value },
+            Probe { tag, tell: self.tell.clone(), signalled: Arc::clone(&self.signalled) },
+        );
     }
 
     fn next(&self) -> Told {
@@ -98,6 +112,22 @@ fn tickets_are_retired_in_the_order_of_their_values_each_when_its_own_is_reached
         setup.fixture.signal(semaphore, 2 * value);
         let told = setup.next();
         assert_eq!((told.tag, told.outcome), (value, Outcome::Done));
+    }
+    setup.fixture.destroy_semaphore(semaphore);
+}
+
+#[test]
+fn all_that_is_over_is_signalled_before_the_first_is_retired() {
+    let Some(setup) = Setup::new() else { return };
+    let semaphore = setup.fixture.timeline();
+    for value in 1..=3 {
+        setup.follow(semaphore, value, value);
+    }
+    // Retiring may wait for the allocator's lock, whose holder may wait for the last of the three.
+    setup.fixture.signal(semaphore, 3);
+    for value in 1..=3 {
+        let told = setup.next();
+        assert_eq!((told.tag, told.signalled >= 3), (value, true));
     }
     setup.fixture.destroy_semaphore(semaphore);
 }
@@ -206,7 +236,7 @@ fn nothing_is_allocated_or_freed_on_the_way_to_retire() {
 fn the_way_out_without_a_thread_waits_in_place() {
     let Some(setup) = Setup::new() else { return };
     let semaphore = setup.fixture.timeline();
-    let waiting = Waiting { value: 1, ticket: Probe { tag: 1, tell: setup.tell.clone() } };
+    let waiting = Waiting { value: 1, ticket: Probe { tag: 1, tell: setup.tell.clone(), signalled: Arc::default() } };
     thread::scope(|scope| {
         let here = scope.spawn(|| setup.completion.wait_here(semaphore, waiting));
         assert!(!here.is_finished());
