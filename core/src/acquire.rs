@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use pinfold_invalidate::{Cause, Coverage, ManualReason, Mapping, Shards, mappings};
+use pinfold_invalidate::{Cause, Coverage, ManualReason, Mapping, Shards, WatchError, mappings};
 
 use crate::notes::What;
 use crate::object::{Fault, Object, Pin, Slot};
@@ -183,7 +183,7 @@ impl<D: Device> Object<D> {
         if !removed {
             populate(self.range, self.access, &before)?;
         }
-        let (watched, coverage, after) = self.watch(&before)?;
+        let Some((watched, coverage, after)) = self.watch(&before)? else { return Ok(Attempt::Moved) };
         if !shards.covers(watched) {
             // Pages of a shard whose gate and probe were not looked at above.
             learnt.shards = shards.union(watched);
@@ -239,13 +239,17 @@ impl<D: Device> Object<D> {
         }
     }
 
-    fn watch(&self, before: &[Mapping]) -> Result<(Shards, Coverage, Vec<Mapping>), Error> {
+    /// `None`: the mappings have changed meanwhile.
+    fn watch(&self, before: &[Mapping]) -> Result<Option<(Shards, Coverage, Vec<Mapping>)>, Error> {
         if self.unwatched {
             let home = self.engine.space.home(self.range);
-            return Ok((home, Coverage::Manual(ManualReason::Asked), before.to_vec()));
+            return Ok(Some((home, Coverage::Manual(ManualReason::Asked), before.to_vec())));
         }
-        let watched = self.engine.space.watch_as(self.range, before)?;
-        Ok((watched.shards, watched.coverage, watched.mappings))
+        match self.engine.space.watch_as(self.range, before) {
+            Ok(watched) => Ok(Some((watched.shards, watched.coverage, watched.mappings))),
+            Err(WatchError::Moving { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
     }
 
     pub(crate) fn request<'a>(&'a self, mappings: &'a [Mapping], watched: bool) -> Request<'a> {

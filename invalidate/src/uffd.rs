@@ -8,6 +8,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use crate::HostRange;
+use crate::maps::Backing;
 
 // linux/userfaultfd.h, the parts used here.
 const API: u64 = 0xaa;
@@ -115,6 +116,8 @@ impl Message {
 #[derive(Debug)]
 pub(crate) struct Uffd {
     fd: AtomicI32,
+    /// Those obtained; see [`feature`].
+    features: u64,
 }
 
 impl Uffd {
@@ -123,9 +126,10 @@ impl Uffd {
     pub(crate) fn open(features: u64) -> io::Result<(Self, u64)> {
         // `UFFDIO_API` may succeed once per descriptor, so the abilities are asked from one and requested from another.
         let available = Self::open_raw()?.api(0)?;
-        let this = Self::open_raw()?;
+        let mut this = Self::open_raw()?;
         let wanted = features & available;
         this.api(wanted)?;
+        this.features = wanted;
         Ok((this, wanted))
     }
 
@@ -138,7 +142,7 @@ impl Uffd {
             fd = Self::open_device().ok_or(refused)?.into();
         }
         let fd = RawFd::try_from(fd).expect("a descriptor is an int");
-        Ok(Self { fd: AtomicI32::new(fd) })
+        Ok(Self { fd: AtomicI32::new(fd), features: 0 })
     }
 
     /// The way of systems that forbid the system call and guard a device node by its permissions instead.
@@ -171,6 +175,27 @@ impl Uffd {
         // the program changes: no page is write-protected.
         unsafe { ioctl::uffdio_register(self.raw(), &raw mut register) }?;
         Ok(())
+    }
+
+    /// Whether the kernel watches this kind of memory at all, so that a refusal says something about the moment only.
+    pub(crate) fn can_watch(&self, backing: Backing) -> bool {
+        let needed = match backing {
+            Backing::Anonymous | Backing::Heap | Backing::Stack => 0,
+            Backing::SharedMemory => feature::WP_HUGETLBFS_SHMEM,
+            Backing::File => feature::WP_ASYNC,
+            Backing::Special => return false,
+        };
+        self.features & needed == needed
+    }
+
+    /// Whether the mapping over this page is watched; no also while a mutation is in flight. Takes back the page's write-protection, so that a
+    /// tracker of writes counts it as written.
+    pub(crate) fn watches(&self, page: usize) -> bool {
+        let range = UffdioRange { start: page as u64, len: crate::page_size() as u64 };
+        let mut protect = UffdioWriteprotect { range, mode: 0 };
+        // SAFETY: `protect` is a live `uffdio_writeprotect`; taking protection back changes no contents.
+        let answer = unsafe { ioctl::uffdio_writeprotect(self.raw(), &raw mut protect) };
+        !matches!(answer, Err(nix::errno::Errno::ENOENT | nix::errno::Errno::EAGAIN))
     }
 
     /// Ends the watch over the range.

@@ -75,6 +75,12 @@ pub enum WatchError {
         /// The system's limit on mappings per process; 0 if it can't be read.
         limit: usize,
     },
+    /// The mappings change just now, so nobody can say what is watched. Try again.
+    #[error("the mappings of {range} change while it is being watched; try again")]
+    Moving {
+        /// The range.
+        range: HostRange,
+    },
     /// The kernel refused for a reason that is not known to occur.
     #[error("can't watch {range}: {source}")]
     Refused {
@@ -107,6 +113,7 @@ impl Space {
         let inner = &*self.inner;
         let mut watched = Watched { shards: Shards::NONE, coverage: Coverage::Watched, mappings: Vec::new() };
         let mut ledger = inner.ledger();
+        let mut registered = Vec::with_capacity(known.len());
         for mapping in known {
             let piece = mapping.range;
             let owner = ledger.watched(piece).next().map(|(_, shard)| shard);
@@ -115,9 +122,10 @@ impl Space {
                 Backing::Stack => (Some(NoHoldReason::Stack), NO_HOLD),
                 _ => (None, owner.unwrap_or(Inner::home(piece))),
             };
-            match inner.register(piece, first) {
+            match inner.register(piece, mapping.backing, first) {
                 Ok(shard) => {
                     ledger.watch(piece, shard);
+                    registered.push((piece, shard));
                     watched.shards = watched.shards.union(Shards::one(shard));
                     if let Some(reason) = reason
                         && watched.coverage == Coverage::Watched
@@ -132,9 +140,18 @@ impl Space {
                 }
             }
         }
-        // Registering passes over holes in silence, so what is covered is looked at afterwards, when changes no longer go unnoticed.
+        // Registering passes over holes in silence, and what somebody puts into a hole later is not watched. So each mapping is asked whether it
+        // is watched, and must be there still after that: if it was and is not any more, an event tells.
+        let seen = mappings(range)?;
+        let shard_of = |at| registered.iter().find(|(piece, _)| piece.contains(at)).map(|&(_, shard)| shard);
+        let is_watched = |mapping: &Mapping| {
+            let at = mapping.range.start();
+            let uffd = shard_of(at).and_then(|shard| inner.shards[shard].uffd.as_ref());
+            uffd.is_none_or(|uffd| uffd.watches(at))
+        };
+        let all = seen.iter().all(is_watched);
         watched.mappings = mappings(range)?;
-        Ok(watched)
+        if all && watched.mappings == seen { Ok(watched) } else { Err(WatchError::Moving { range }) }
     }
 
     /// Runs `f` while no page of the range is watched, for mappings that must not inherit a watch. Every target over the range is invalidated,
@@ -181,13 +198,17 @@ enum Refusal {
 
 impl Inner {
     /// Registers with the shard that already has the pages, or with `first` if nobody has.
-    fn register(&self, piece: HostRange, first: usize) -> Result<usize, Refusal> {
+    fn register(&self, piece: HostRange, backing: Backing, first: usize) -> Result<usize, Refusal> {
         for shard in std::iter::once(first).chain((0..SHARDS).filter(|&shard| shard != first)) {
             let Some(uffd) = &self.shards[shard].uffd else { return Err(Refusal::Never(ManualReason::NoUserfaultfd)) };
             let Err(source) = uffd.register(piece) else { return Ok(shard) };
             match source.raw_os_error() {
                 Some(libc::EBUSY) => {} // a page of it is another shard's, or a stranger's
                 Some(libc::EPERM) => return Err(Refusal::Never(ManualReason::SharedReadOnly)),
+                // What can be watched is refused so only if nothing is mapped there at this moment.
+                Some(libc::EINVAL) if uffd.can_watch(backing) => {
+                    return Err(Refusal::Can(WatchError::Moving { range: piece }));
+                }
                 Some(libc::EINVAL) => return Err(Refusal::Never(ManualReason::Unsupported)),
                 Some(libc::ENOMEM) => {
                     return Err(Refusal::Can(WatchError::TooManyMappings { range: piece, limit: max_map_count() }));
