@@ -230,7 +230,7 @@ impl Effects {
         self.settled |= 1 << (slot % SETTLED);
     }
 
-    /// The time, asked for once per change.
+    /// The time of this change. Asked for before the lock is taken, so that nobody waits for the clock.
     pub(crate) fn now(&mut self) -> Option<Instant> {
         if self.now.is_none() {
             self.now = Some(sync::now());

@@ -148,6 +148,7 @@ impl Work {
         let inside = worker::current_in(shared).map(|(_, queue, _)| queue);
         let mut fx = Effects::default();
         fx.item = Some(Arc::clone(&self.item));
+        fx.now();
         let mut state = shared.lock();
         let item = &state.slab[*slot].item;
         if item.cancelling > 0 {

@@ -257,6 +257,7 @@ impl Shared {
         let delayed = !job.delay.is_zero();
         let mut fx = Effects::default();
         let inside = worker::current_in(self).map(|(_, queue, _)| queue);
+        fx.now();
         let mut state = self.with_room();
         if let Err(refused) = state.accept(queue, &job.attributes, node, delayed, inside) {
             drop(state);

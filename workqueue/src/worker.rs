@@ -127,6 +127,7 @@ fn mark(queue: u32, slot: u32, item: Option<Arc<Item>>) {
 }
 
 fn look<'a>(shared: &'a Shared, number: u32, fx: &mut Effects) -> (MutexGuard<'a, State>, Next) {
+    fx.now();
     let mut state = shared.lock();
     let next = choose(&mut state, shared, number, fx);
     (state, next)
@@ -216,6 +217,7 @@ fn perform<'a>(
     mark(queue, NIL, None);
     // The item is let go of after the lock: the last reference frees its slot.
     fx.last = item;
+    fx.now();
     let mut state = shared.lock();
     let (again, refused) = returned(&mut state, number, slot, panicked, follow, fx);
     if let Some(job) = refused {
@@ -345,6 +347,7 @@ fn spin(shared: &Shared, before: u64) {
 
 /// After a sleep: works if somebody took it off the idle list, else goes, unless it is the last.
 fn wake_up<'a>(shared: &'a Shared, number: u32, fx: &mut Effects) -> (MutexGuard<'a, State>, Next) {
+    fx.now();
     let mut state = shared.lock();
     let crew = &mut state.crew;
     if crew.workers[number as usize].doing != Doing::Idle {
