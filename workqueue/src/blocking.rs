@@ -1,6 +1,6 @@
 //! Saying that a function is about to sleep.
 
-use crate::{crew::Effects, worker};
+use crate::{effects::Effects, worker};
 
 /// Runs `f`, which may sleep, and lets another worker take over what is queued meanwhile.
 ///

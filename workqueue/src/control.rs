@@ -5,7 +5,8 @@ use std::{fmt, sync::Arc};
 use crate::{
     Error, JobInfo,
     blocking::blocking,
-    crew::{Doing, Effects},
+    effects::Effects,
+    entry::Doing,
     job::{Account, Cancelled},
     pool::until_settled,
     shared::{Shared, call_cancelled},

@@ -17,7 +17,7 @@
 //! one); a running worker blocked, left for the other account, or turned to express work; a limit was raised. A worker
 //! falls asleep under the same lock, after it has looked. So between its look and its sleep nothing can be queued, and
 //! whoever queues later finds it among the idle: there is no window for a lost wake-up, and the only thing outside
-//! the lock is the wake itself, which [`Parker`] remembers if it comes before the sleep.
+//! the lock is the wake itself, which [`Parker`](crate::sync::Parker) remembers if it comes before the sleep.
 //!
 //! Running means counted: a worker that is inside [`blocking`](crate::blocking), that the watchdog found asleep, or
 //! that does express work is not.
@@ -28,107 +28,14 @@ use std::{
 };
 
 use crate::{
-    item::Item,
-    job::{Account, Hook},
+    effects::Effects,
+    entry::{Doing, Entry},
+    job::Account,
     list::List,
     slab::{NIL, Slab},
     stats::Counters,
-    sync::{self, AtomicBool, JoinHandle, Parker},
+    sync,
 };
-
-/// The part of a worker that others touch without the lock.
-pub(crate) struct Worker {
-    /// Written under the lock by who cancels the current run, cleared under it when the next starts; read by the
-    /// function.
-    pub(crate) told: AtomicBool,
-    /// Where it sleeps. Woken by who takes it off the idle list.
-    pub(crate) parker: Parker,
-}
-
-impl Worker {
-    pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self { told: AtomicBool::new(false), parker: Parker::default() })
-    }
-}
-
-/// What a worker is about.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Doing {
-    /// Between two pieces of work, starting, or spinning.
-    Looking,
-    Running(u32),
-    Idle,
-    /// The thread is about to end or has; the entry may be used again.
-    Gone,
-}
-
-/// Guarded by the pool's lock.
-pub(crate) struct Entry {
-    pub(crate) worker: Arc<Worker>,
-    pub(crate) join: Option<JoinHandle<()>>,
-    pub(crate) doing: Doing,
-    pub(crate) node: u32,
-    pub(crate) account: Account,
-    /// Counted in `searching` of its account.
-    pub(crate) searching: bool,
-    /// Has spun since it last found something.
-    pub(crate) spun: bool,
-    /// Depth of `blocking`.
-    pub(crate) blocked: u32,
-    /// Found asleep by the watchdog during this run.
-    pub(crate) stalled: bool,
-    /// Does express work.
-    pub(crate) express: bool,
-    /// Follow-ups run without a pause.
-    pub(crate) streak: u8,
-    /// Its thread's start has not come back to who started it.
-    pub(crate) starting: bool,
-    /// Ends the pool when its present work is done.
-    pub(crate) must_end: bool,
-    /// Counts runs, so that the watchdog can tell one from the next.
-    pub(crate) runs: u64,
-    pub(crate) since: Option<Instant>,
-    /// The kernel's thread id, once started.
-    pub(crate) tid: Option<i32>,
-    idle_prev: u32,
-    idle_next: u32,
-}
-
-impl Entry {
-    pub(crate) fn new(worker: Arc<Worker>, node: u32, account: Account) -> Self {
-        Self {
-            worker,
-            join: None,
-            doing: Doing::Looking,
-            node,
-            account,
-            searching: true,
-            spun: true,
-            blocked: 0,
-            stalled: false,
-            express: false,
-            streak: 0,
-            starting: true,
-            must_end: false,
-            runs: 0,
-            since: None,
-            tid: None,
-            idle_prev: NIL,
-            idle_next: NIL,
-        }
-    }
-
-    /// Whether the place in the table may be used again.
-    pub(crate) fn is_over(&self) -> bool {
-        self.doing == Doing::Gone && !self.starting
-    }
-
-    /// Whether it is in `running` of its account.
-    pub(crate) fn counts(&self) -> bool {
-        let active = matches!(self.doing, Doing::Looking | Doing::Running(_));
-        active && !self.express && self.blocked == 0 && !self.stalled
-    }
-}
 
 /// One account of one node. What every piece of work changes is on the first lines.
 #[derive(Default)]
@@ -188,55 +95,6 @@ pub(crate) struct Crew {
     /// The keeper ticks, because work waits for running workers.
     pub(crate) watching: bool,
     privileged: bool,
-}
-
-/// Condition variables for those who wait for items, shared out by slot.
-pub(crate) const SETTLED: u32 = 16;
-
-/// What is to be done once the lock is released. It has room for all that one change can cause; should it ever not,
-/// the keeper looks at everything.
-#[derive(Default)]
-pub(crate) struct Effects {
-    pub(crate) wake: [Option<Arc<Worker>>; 6],
-    pub(crate) spawn: [Option<(u32, Account)>; 4],
-    pub(crate) keeper: bool,
-    /// Something became ready.
-    pub(crate) arrived: bool,
-    /// A queue or the pool became empty.
-    pub(crate) drained: bool,
-    /// Which `settled` condition variables to notify, one bit each.
-    pub(crate) settled: u32,
-    /// An item on its way into its slot, or out of it to be dropped.
-    pub(crate) item: Option<Arc<Item>>,
-    /// The item that a worker has run, to be let go of.
-    pub(crate) last: Option<Arc<Item>>,
-    /// What a finished job leaves to be dropped.
-    pub(crate) hook: Option<Hook>,
-    now: Option<Instant>,
-}
-
-impl Effects {
-    pub(crate) fn is_full(&self) -> bool {
-        self.wake[3..].iter().any(Option::is_some) || self.spawn[2..].iter().any(Option::is_some)
-    }
-
-    /// Whether somebody is to be woken or started.
-    pub(crate) fn any(&self) -> bool {
-        self.wake.iter().any(Option::is_some) || self.spawn.iter().any(Option::is_some)
-    }
-
-    /// Somebody who waits for the item in `slot` is to look again.
-    pub(crate) fn settle(&mut self, slot: u32) {
-        self.settled |= 1 << (slot % SETTLED);
-    }
-
-    /// The time of this change. Asked for before the lock is taken, so that nobody waits for the clock.
-    pub(crate) fn now(&mut self) -> Option<Instant> {
-        if self.now.is_none() {
-            self.now = Some(sync::now());
-        }
-        self.now
-    }
 }
 
 impl Crew {
@@ -450,11 +308,10 @@ impl Crew {
         self.nodes[node as usize].accounts.iter().all(|account| account.ready.is_empty() && account.express.is_empty())
     }
 
-    /// Whether the node would be without a bounded worker if this one left. Each node keeps one for good.
+    /// Whether the node would be without a worker if this one left. Each node keeps one for good.
     pub(crate) fn is_last(&self, number: u32) -> bool {
-        let me = &self.workers[number as usize];
-        let bounded = self.account(me.node, Account::Bounded).workers;
-        bounded == u32::from(me.account == Account::Bounded)
+        let node = self.workers[number as usize].node;
+        Account::BOTH.iter().map(|&account| self.account(node, account).workers).sum::<u32>() == 1
     }
 
     /// Sees to it that a looking worker counts in `account`; false if that has no room for it.

@@ -6,7 +6,8 @@
 use std::{process, sync::Arc};
 
 use crate::{
-    crew::{Doing, Effects},
+    effects::Effects,
+    entry::Doing,
     pool::until_settled,
     shared::{Shared, call_cancelled},
     state::Phase,

@@ -13,7 +13,7 @@
 //! waits until neither is the one it saw: the run may be done or cancelled, later ones don't matter.
 
 use std::{
-    process,
+    fmt, process,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -21,7 +21,7 @@ use std::{
 use crate::{
     Error,
     blocking::blocking,
-    crew::Effects,
+    effects::Effects,
     job::Context,
     shared::Shared,
     slab::NIL,
@@ -300,5 +300,14 @@ impl Work {
             state.slab[*slot].item.waiters -= 1;
             in_time
         })
+    }
+}
+
+impl fmt::Debug for Work {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = self.item.shared.lock();
+        let entry = &state.slab[self.item.slot];
+        let running = entry.worker != NIL;
+        f.debug_struct("Work").field("state", &entry.item.word).field("running", &running).finish_non_exhaustive()
     }
 }

@@ -21,7 +21,8 @@ pub enum Account {
 }
 
 impl Account {
-    pub(crate) const BOTH: [Self; 2] = [Self::Bounded, Self::MaySleep];
+    /// Both accounts.
+    pub const BOTH: [Self; 2] = [Self::Bounded, Self::MaySleep];
 
     pub(crate) fn other(self) -> Self {
         match self {

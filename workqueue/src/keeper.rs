@@ -14,7 +14,8 @@ use std::{
 };
 
 use crate::{
-    crew::{Doing, Effects},
+    effects::Effects,
+    entry::Doing,
     job::Account,
     shared::Shared,
     state::State,

@@ -4,7 +4,8 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use crate::{
     Error, Refused,
-    crew::{AccountState, Crew, Effects, Node},
+    crew::{AccountState, Crew, Node},
+    effects::Effects,
     end,
     item::Work,
     job::{Account, Cancelled, Context, Job, JobHandle},

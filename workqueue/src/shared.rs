@@ -8,7 +8,9 @@ use std::{
 
 use crate::{
     Error, Refused,
-    crew::{Crew, Doing, Effects, Entry, SETTLED, Worker},
+    crew::Crew,
+    effects::{Effects, SETTLED},
+    entry::{Doing, Entry, Worker},
     job::{Account, Cancelled, Context, Job, JobHandle},
     keeper,
     list::List,

@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 
 use crate::{
     Refused,
-    crew::{Crew, Effects},
+    crew::Crew,
+    effects::Effects,
     job::{Account, Attributes, Hook, Job, Run},
     slab::{Body, NIL, On, Slab},
     sync::Ordering,

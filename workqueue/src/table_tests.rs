@@ -9,7 +9,7 @@ use std::{
 
 use crate::{
     Job, Pool, Work,
-    crew::Effects,
+    effects::Effects,
     slab::{NIL, On},
     table::{Act, Answer, Next, Operation, Word, cell},
 };

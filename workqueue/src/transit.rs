@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use crate::{
-    crew::Effects,
+    effects::Effects,
     item::ItemState,
     slab::{Body, NIL, On},
     state::State,

@@ -9,8 +9,9 @@ use std::{
 };
 
 use crate::{
-    crew::{Doing, Effects, Worker},
+    effects::Effects,
     end,
+    entry::{Doing, Worker},
     item::Item,
     job::{Account, Context, Job},
     shared::{Shared, call_cancelled},
