@@ -56,6 +56,11 @@ extern crate self as pinfold_vulkan;
 #[path = "../tests/fixture/mod.rs"]
 mod fixture;
 
+/// The example of the project's README is compiled with these documents.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+mod readme {}
+
 mod admission;
 mod alias;
 mod budget;
