@@ -20,7 +20,7 @@ use pinfold_core::watch::{Record, Scope, TYPE_WORK, Wake, WatchConfig, WatchList
 
 const CAPACITY: usize = 512;
 /// Notes of one stream.
-const STREAM: u64 = 100_000;
+const STREAM: u64 = 20_000;
 
 type Note = [u8; 128];
 
