@@ -14,6 +14,7 @@ use pinfold_invalidate::{HostRange, in_bracket};
 
 use crate::engine::Engine;
 use crate::error::SubmitError;
+use crate::notes::What;
 use crate::object::{Handle, Pin};
 use crate::protocol::{self, Refusal, Uses};
 use crate::state::Snapshot;
@@ -130,15 +131,15 @@ impl<D: Device> Lease<D> {
             return Err(SubmitError::Gone(Error::Nested));
         }
         // Before the uses begin, so that a hold-off that gives up on them knows whose they are.
-        count(&self.held, true);
+        count(&self.held, Submit::Begins);
         let uses = match self.reserve(&engine) {
             Ok(uses) => uses,
             Err(None) => {
-                count(&self.held, false);
+                count(&self.held, Submit::IsRefused);
                 return Err(SubmitError::Again(self));
             }
             Err(Some(index)) => {
-                count(&self.held, false);
+                count(&self.held, Submit::IsRefused);
                 let object = &self.held[index].handle.object;
                 engine.counters.stale.fetch_add(1, Ordering::Relaxed);
                 return Err(SubmitError::Stale { index, range: object.range });
@@ -148,7 +149,7 @@ impl<D: Device> Lease<D> {
         let result = catch_unwind(AssertUnwindSafe(submit));
         if let Ok(Err(error)) = result {
             uses.end(&*engine.space);
-            count(&self.held, false);
+            count(&self.held, Submit::IsRefused);
             return Err(SubmitError::Rejected { error, lease: self });
         }
         let pending = Flight::launch(&engine, self.held, uses, signals);
@@ -183,15 +184,26 @@ impl<D: Device> Lease<D> {
     }
 }
 
-/// Counts a submit at each of its objects, or takes it off again.
-fn count<D: Device>(held: &[Held<D>], begins: bool) {
+/// What becomes of a submit's count at its objects.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Submit {
+    Begins,
+    IsRefused,
+    IsOver,
+}
+
+fn count<D: Device>(held: &[Held<D>], submit: Submit) {
     for held in held {
-        let inflight = &held.handle.object.inflight;
-        if begins {
-            inflight.fetch_add(1, Ordering::Relaxed)
-        } else {
-            inflight.fetch_sub(1, Ordering::Relaxed)
-        };
+        let object = &held.handle.object;
+        if submit == Submit::Begins {
+            object.inflight.fetch_add(1, Ordering::Relaxed);
+            continue;
+        }
+        // Release: pairs with the Acquire in `Engine::note_change`, which sees the object busy or, if it was late, marked so.
+        let left = object.inflight.fetch_sub(1, Ordering::Release) - 1;
+        if submit == Submit::IsOver && left == 0 {
+            object.engine.note(object, What::Retired);
+        }
     }
 }
 
@@ -228,6 +240,9 @@ impl<D: Device> Flight<D> {
         uses: Uses,
         signals: impl IntoIterator<Item = D::Signal>,
     ) -> Pending<D> {
+        for held in &held {
+            engine.note(&held.handle.object, What::Submitted);
+        }
         engine.counters.submits.fetch_add(1, Ordering::Relaxed);
         engine.flights.add(1);
         let rest = Rest { held, outcome: None, wakers: Vec::new() };
@@ -281,7 +296,7 @@ impl<D: Device> Retire for Flight<D> {
                 held.handle.object.ended_late.store(held.noted.generation.0 + 1, Ordering::Relaxed);
             }
         }
-        count(&held, false);
+        count(&held, Submit::IsOver);
         drop(held);
         self.engine.flights.sub(1);
         self.over.bump();

@@ -19,20 +19,24 @@ mod object;
 mod populate;
 #[doc(hidden)]
 pub mod protocol;
+mod ready;
 #[doc(hidden)]
 pub mod state;
 mod ticket;
+mod userptr;
 pub mod watch;
 
 pub use device::{Access, Device, DeviceError, MirrorReason, Outcome, Path, Preparation, Request};
 pub use error::{Error, SubmitError};
 pub use lease::{Lease, Pending, View};
-pub use manager::{Acquire, Config, Manager, Stats, Userptr};
+pub use manager::{Config, Manager, Stats};
 pub use pinfold_invalidate::{
     Coverage, HostRange, ManualReason, Mapping, NoHoldReason, RangeError, in_bracket, on_event_path, page_size,
 };
+pub use ready::Acquire;
 pub use state::{Generation, State};
 pub use ticket::Ticket;
+pub use userptr::Userptr;
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!("pinfold needs 64-bit Linux");

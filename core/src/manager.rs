@@ -2,22 +2,19 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::future::Future;
-use std::pin::Pin;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::task::{Context, Poll};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use pinfold_invalidate::{Cause, Coverage, DEFAULT_DEADLINE, HostRange, Shards, SpaceStats, in_bracket, mappings};
+use pinfold_invalidate::{Cause, DEFAULT_DEADLINE, HostRange, Shards, SpaceStats, in_bracket};
 
-use crate::acquire::Effort;
 use crate::engine::Engine;
 use crate::notes::What;
 use crate::object::{Handle, Object};
-use crate::state::{Generation, Snapshot, State, Step};
-use crate::watch::{Scope, WatchConfig, WatchQueue};
-use crate::{Access, Device, Error, Lease, Path, protocol};
+use crate::ready::{Since, Wait};
+use crate::watch::{Record, Scope, WatchConfig, WatchList, WatchQueue, share};
+use crate::{Access, Acquire, Device, Error, Lease, Userptr};
 
 /// What can be set when a manager is made.
 #[derive(Debug, Clone)]
@@ -30,6 +27,9 @@ pub struct Config {
     pub budget: u64,
     /// Ranges up to this many bytes whose pages are resident are taken on the thread that calls `acquire`. Default 256 KiB; 0: never.
     pub inline_limit: usize,
+    /// A socket at which other processes of the same user may watch what happens. Default: what `PINFOLD_WATCH` says (a path, or `1` for
+    /// `pinfold-<pid>.sock` in the run-time folder), and nowhere without it. Further managers that come to the same path take `<path>.2` and so on.
+    pub watch_socket: Option<PathBuf>,
     /// How long dropping the manager waits for work that is under way before it asks the device. Default 5 s.
     pub close_limit: Duration,
 }
@@ -40,6 +40,7 @@ impl Default for Config {
             deadline: DEFAULT_DEADLINE,
             budget: u64::MAX,
             inline_limit: 256 << 10,
+            watch_socket: share::default_path(),
             close_limit: Duration::from_secs(5),
         }
     }
@@ -54,11 +55,8 @@ struct Owner<D: Device> {
     engine: Arc<Engine<D>>,
     /// Every object that has not been closed, by id.
     objects: Mutex<HashMap<u64, Weak<Handle<D>>>>,
-}
-
-/// A registered range. Cheap to clone; dropping the last clone (and the last lease of it) ends the registration.
-pub struct Userptr<D: Device> {
-    handle: Arc<Handle<D>>,
+    /// Where other processes watch. Holds its owner weakly.
+    server: OnceLock<share::Server>,
 }
 
 /// Ids are never used twice in a process.
@@ -68,13 +66,20 @@ impl<D: Device> Manager<D> {
     /// A manager of `device`.
     ///
     /// # Errors
-    /// [`Error::Space`] and [`Error::Pool`] if threads or descriptors can't be had.
+    /// [`Error::Space`] and [`Error::Pool`] if threads or descriptors can't be had, [`Error::Queue`] if the watch socket can't be made.
     pub fn new(device: D, config: Config) -> Result<Self, Error> {
+        let socket = config.watch_socket.clone();
         let engine = Arc::new(Engine::new(device, config)?);
-        Ok(Self { owner: Arc::new(Owner { engine, objects: Mutex::default() }) })
+        let owner = Arc::new(Owner { engine, objects: Mutex::default(), server: OnceLock::new() });
+        if let Some(path) = socket {
+            let server = listen(&path, &owner)
+                .map_err(|error| Error::Queue { errno: error.errno(), source: Arc::new(error) })?;
+            owner.server.get_or_init(|| server);
+        }
+        Ok(Self { owner })
     }
 
-    fn engine(&self) -> &Arc<Engine<D>> {
+    pub(crate) fn engine(&self) -> &Arc<Engine<D>> {
         &self.owner.engine
     }
 
@@ -92,7 +97,7 @@ impl<D: Device> Manager<D> {
     /// # Safety
     /// From the first acquire on, and until the object and all its leases are gone:
     /// 1. No Rust reference exists to bytes the device may write while a [`Pending`](crate::Pending) that names them is open.
-    /// 2. The range is not memory that an allocator trims or unmaps under its lock, unless its coverage is [`Coverage::NoHold`].
+    /// 2. The range is not memory that an allocator trims or unmaps under its lock, unless its coverage is [`NoHold`](crate::Coverage::NoHold).
     /// 3. Unmapping or discarding the memory while the device uses it goes through [`mutate`](Self::mutate), or the range is unregistered first.
     ///    Otherwise the mutation is held off, bounded by the deadline, and reported; where the deadline passes, or on a device without real pins
     ///    (a CPU driver, if the memory is private), the device may then read what is there by then, or crash the process.
@@ -171,34 +176,6 @@ impl<D: Device> Manager<D> {
     /// As [`acquire`](Self::acquire), for any executor.
     pub fn acquire_async<'a>(&'a self, objects: &'a [&'a Userptr<D>]) -> Acquire<'a, D> {
         Acquire { manager: self, objects, since: Since::default() }
-    }
-
-    fn try_acquire(&self, objects: &[&Userptr<D>], since: Option<&mut Since>) -> Result<Lease<D>, Wait> {
-        let engine = self.engine();
-        engine.check()?;
-        if in_bracket() {
-            return Err(Error::Nested.into());
-        }
-        engine.counters.acquires.fetch_add(1, Ordering::Relaxed);
-        let mut lease = Lease::new();
-        let mut wait = None;
-        let since = since.map(|since| since.for_objects(objects));
-        for (index, userptr) in objects.iter().enumerate() {
-            let object = &userptr.handle.object;
-            if !Arc::ptr_eq(&object.engine, engine) {
-                return Err(Error::Foreign.into());
-            }
-            let first = since.as_ref().map_or(u64::MAX, |since| since[index]);
-            let seen = object.ended.value(); // before the look: an end that comes after it is noticed
-            match object.ready(first)? {
-                Some((noted, pin)) => lease.add(Arc::clone(&userptr.handle), noted, pin),
-                None => wait = wait.or(Some((index, seen))), // the others begin all the same
-            }
-        }
-        match wait {
-            None => Ok(lease),
-            object => Err(Wait { error: Error::Again, object }),
-        }
     }
 
     /// Runs a mutation of the address space (or of a file that is mapped there) with an exact beginning and end: when `f` starts, no work uses the
@@ -321,223 +298,9 @@ pub struct Stats {
     pub space: SpaceStats,
 }
 
-/// Why a try to acquire did not succeed, and on what to sleep.
-struct Wait {
-    error: Error,
-    /// The object whose acquisition has to end first, and the value to sleep on.
-    object: Option<(usize, u32)>,
-}
-
-impl From<Error> for Wait {
-    fn from(error: Error) -> Self {
-        Self { error, object: None }
-    }
-}
-
-/// For each object, the first acquisition a waiter has waited for: a failure of that one or a later one is the waiter's to be told.
-#[derive(Default)]
-struct Since(Vec<u64>);
-
-impl Since {
-    fn for_objects<D: Device>(&mut self, objects: &[&Userptr<D>]) -> &[u64] {
-        if self.0.is_empty() {
-            self.0 = objects.iter().map(|userptr| userptr.handle.object.first_to_wait_for()).collect();
-        }
-        &self.0
-    }
-}
-
-impl<D: Device> Object<D> {
-    /// The pin of the object if it is valid, else makes it so: here if that is quick, by a worker if not (then `None`).
-    ///
-    /// `first` is the first acquisition the caller waits for; without one (`u64::MAX`) it is told a failure nobody has been told yet.
-    #[allow(clippy::type_complexity)]
-    fn ready(self: &Arc<Self>, first: u64) -> Result<Option<(Snapshot, Arc<crate::object::Pin<D>>)>, Error> {
-        let engine = &self.engine;
-        let patience = Instant::now() + engine.patience();
-        let mut tried_here = false;
-        loop {
-            let seen = protocol::look(&*engine.space, &self.word, Some(patience)).ok_or(Error::Again)?;
-            match seen.state {
-                State::Valid => {
-                    if let Some(pin) = self.pin_of(seen) {
-                        self.refresh(&pin)?;
-                        return Ok(Some((seen, pin)));
-                    }
-                    // No pin of that generation: the word has moved since we looked. So it goes round at most once for each change.
-                    if Instant::now() > patience {
-                        return Err(Error::Again);
-                    }
-                }
-                State::Queued | State::Acquiring => return Ok(None),
-                State::Closed | State::DeadAfterFork => return Err(Error::Closed),
-                State::New | State::Invalid | State::Faulted => {
-                    // Also an acquisition that was cancelled is told as one that failed.
-                    if let Some(error) = self.untold_fault(first) {
-                        return Err(error);
-                    }
-                    if !tried_here && seen.state != State::Faulted && self.is_quick(engine.config.inline_limit) {
-                        tried_here = true;
-                        if let Some((noted, token)) = self.begin_acquisition(seen, Step::Claim) {
-                            engine.counters.inline.fetch_add(1, Ordering::Relaxed);
-                            self.build(noted, token, Effort::INLINE);
-                        }
-                    } else {
-                        self.enqueue(seen);
-                    }
-                }
-            }
-        }
-    }
-
-    /// The acquisition that a waiter who comes now waits for first: one that failed and nobody was told, the one under way, or else the next.
-    fn first_to_wait_for(&self) -> u64 {
-        let slot = self.slot();
-        if let Some(fault) = slot.fault.as_ref().filter(|fault| !fault.told) {
-            return fault.token;
-        }
-        let under_way = matches!(self.word.read().state, State::Queued | State::Acquiring);
-        slot.token + u64::from(!under_way)
-    }
-
-    fn untold_fault(&self, first: u64) -> Option<Error> {
-        let mut slot = self.slot();
-        let fault = slot.fault.as_mut()?;
-        let mine = if first == u64::MAX { !fault.told } else { fault.token >= first };
-        if !mine {
-            return None;
-        }
-        fault.told = true;
-        Some(fault.error.clone())
-    }
-
-    fn enqueue(self: &Arc<Self>, seen: Snapshot) {
-        let Some((_, token)) = self.begin_acquisition(seen, Step::Enqueue) else { return };
-        self.engine.counters.queued.fetch_add(1, Ordering::Relaxed);
-        self.engine.note(self, What::Queued);
-        let object = Arc::clone(self);
-        self.engine.spawn(self.id, move |cancelled| object.work(token, cancelled));
-    }
-
-    /// Word and token move together: a work item finds either both its own or that it was superseded.
-    fn begin_acquisition(&self, seen: Snapshot, step: Step) -> Option<(Snapshot, u64)> {
-        let mut slot = self.slot();
-        let noted = self.word.step(seen, step).ok()?;
-        slot.token += 1;
-        Some((noted, slot.token))
-    }
-
-    /// Brings a mirror up to date.
-    fn refresh(&self, pin: &crate::object::Pin<D>) -> Result<(), Error> {
-        if !matches!(pin.path, Path::Mirror(_)) {
-            return Ok(());
-        }
-        let mappings = mappings(self.range)?;
-        Ok(self.engine.device().refresh(pin.import(), &self.request(&mappings, true))?)
-    }
-
-    /// Takes back an acquisition that is queued or under way.
-    fn cancel(&self) -> bool {
-        let mut slot = self.slot();
-        loop {
-            let seen = self.word.read();
-            let step = match seen.state {
-                State::Queued => Step::Refuse,
-                State::Acquiring => Step::Abandon,
-                _ => return false,
-            };
-            if self.word.step(seen, step).is_ok() {
-                break;
-            }
-        }
-        let token = slot.token;
-        slot.token += 1;
-        self.fail(&mut slot, Error::Cancelled, token);
-        drop(slot);
-        self.wake();
-        true
-    }
-}
-
-impl<D: Device> Userptr<D> {
-    /// The range.
-    #[must_use]
-    pub fn range(&self) -> HostRange {
-        self.handle.object.range
-    }
-
-    /// The number that notes carry; never used twice in a process.
-    #[must_use]
-    pub fn id(&self) -> u64 {
-        self.handle.object.id
-    }
-
-    /// The state. Waits, at most for two hold-offs, while memory of the object's shards is changing hands: a thread that has returned from
-    /// `munmap` never sees the object valid.
-    ///
-    /// # Errors
-    /// [`Error::Again`] if that took longer. A forked child is told [`State::DeadAfterFork`].
-    pub fn state(&self) -> Result<State, Error> {
-        if self.handle.object.engine.space.is_forked() {
-            return Ok(State::DeadAfterFork);
-        }
-        Ok(self.look()?.state)
-    }
-
-    /// The generation: how often the memory has changed hands. Waits as [`state`](Self::state) does.
-    ///
-    /// # Errors
-    /// [`Error::Again`], [`Error::Forked`].
-    pub fn generation(&self) -> Result<Generation, Error> {
-        Ok(self.look()?.generation)
-    }
-
-    fn look(&self) -> Result<Snapshot, Error> {
-        let object = &self.handle.object;
-        if object.engine.space.is_forked() {
-            return Err(Error::Forked);
-        }
-        if in_bracket() {
-            return Err(Error::Nested);
-        }
-        let patience = Instant::now() + object.engine.patience();
-        protocol::look(&*object.engine.space, &object.word, Some(patience)).ok_or(Error::Again)
-    }
-
-    /// How well the range is watched; `None` before the first acquisition.
-    #[must_use]
-    pub fn coverage(&self) -> Option<Coverage> {
-        self.handle.object.slot().coverage
-    }
-
-    /// How the bytes reach the device; `None` while they don't.
-    #[must_use]
-    pub fn path(&self) -> Option<Path> {
-        self.handle.object.slot().pin.as_ref().map(|pin| pin.path)
-    }
-
-    /// Submits under way that use the object.
-    #[must_use]
-    pub fn in_flight(&self) -> u32 {
-        self.handle.object.inflight.load(Ordering::Relaxed)
-    }
-
-    /// Takes back an acquisition that is queued or under way, and tells its waiters [`Error::Cancelled`]. Returns whether there was one.
-    #[allow(clippy::must_use_candidate)]
-    pub fn cancel(&self) -> bool {
-        !self.handle.object.engine.space.is_forked() && self.handle.object.cancel()
-    }
-}
-
 impl<D: Device> Clone for Manager<D> {
     fn clone(&self) -> Self {
         Self { owner: Arc::clone(&self.owner) }
-    }
-}
-
-impl<D: Device> Clone for Userptr<D> {
-    fn clone(&self) -> Self {
-        Self { handle: Arc::clone(&self.handle) }
     }
 }
 
@@ -547,14 +310,30 @@ impl<D: Device> fmt::Debug for Manager<D> {
     }
 }
 
-impl<D: Device> fmt::Debug for Userptr<D> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let object = &self.handle.object;
-        f.debug_struct("Userptr")
-            .field("id", &object.id)
-            .field("range", &object.range)
-            .field("word", &object.word.read())
-            .finish()
+/// Several managers of one process share its setting, not its socket.
+fn listen<D: Device>(path: &Path, owner: &Arc<Owner<D>>) -> Result<share::Server, share::ListenError> {
+    let mut result = share::Server::listen(path, Arc::downgrade(owner));
+    for number in 2..=9 {
+        if !matches!(result, Err(share::ListenError::InUse(_))) {
+            break;
+        }
+        let mut next = path.as_os_str().to_owned();
+        next.push(format!(".{number}"));
+        result = share::Server::listen(Path::new(&next), Arc::downgrade(owner));
+    }
+    result
+}
+
+impl<D: Device> share::Source for Owner<D> {
+    fn watch_list(&self) -> &WatchList {
+        &self.engine.notes
+    }
+
+    fn present(&self, put: &mut dyn FnMut(Record)) {
+        let handles: Vec<_> = self.objects().values().filter_map(Weak::upgrade).collect();
+        for handle in handles {
+            put(self.engine.present(&handle.object));
+        }
     }
 }
 
@@ -580,37 +359,5 @@ impl<D: Device> Drop for Owner<D> {
             handle.object.close();
         }
         self.engine.end();
-    }
-}
-
-/// The future of [`Manager::acquire_async`].
-pub struct Acquire<'a, D: Device> {
-    manager: &'a Manager<D>,
-    objects: &'a [&'a Userptr<D>],
-    since: Since,
-}
-
-impl<D: Device> Future for Acquire<'_, D> {
-    type Output = Result<Lease<D>, Error>;
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let this = &mut *self;
-        loop {
-            let wait = match this.manager.try_acquire(this.objects, Some(&mut this.since)) {
-                Err(wait) if wait.error.is_again() => wait,
-                done => return Poll::Ready(done.map_err(|wait| wait.error)),
-            };
-            let Some((index, seen)) = wait.object else {
-                // A gate stayed closed for two hold-offs: nobody will tell this task when it opens, so it asks again when others have had a turn.
-                context.waker().wake_by_ref();
-                return Poll::Pending;
-            };
-            let object = &this.objects[index].handle.object;
-            object.slot().wakers.push(context.waker().clone());
-            // Whoever ends an acquisition takes the wakers before it moves `ended`: unmoved means that ours is there to be woken.
-            if object.ended.value() == seen {
-                return Poll::Pending;
-            }
-        }
     }
 }

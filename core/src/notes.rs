@@ -7,7 +7,7 @@ use pinfold_invalidate::{Cause, Change};
 use crate::engine::Engine;
 use crate::object::Object;
 use crate::state::State;
-use crate::watch::{Label, NoteCause, NotePath, NoteState, UserptrEvent, UserptrNote};
+use crate::watch::{Label, NoteCause, NotePath, NoteState, Record, UserptrEvent, UserptrNote};
 use crate::{Access, Device, Generation, Path};
 
 /// What happened, apart from changes of the memory.
@@ -17,6 +17,10 @@ pub(crate) enum What {
     Queued,
     Acquired(Path, Generation),
     Faulted(i32),
+    /// Work that uses it has been submitted.
+    Submitted,
+    /// No work that uses it is under way any more.
+    Retired,
     Closed,
 }
 
@@ -36,9 +40,17 @@ impl<D: Device> Engine<D> {
                 (UserptrEvent::Acquired, path_code(path), 0)
             }
             What::Faulted(errno) => (UserptrEvent::Faulted, NotePath::None, errno),
+            What::Submitted => (UserptrEvent::Submitted, NotePath::None, 0),
+            What::Retired => (UserptrEvent::Retired, NotePath::None, 0),
             What::Closed => (UserptrEvent::Closed, NotePath::None, 0),
         };
         self.notes.post(object.id, &note.record());
+    }
+
+    /// How an object stands, for a reader that has just come.
+    pub(crate) fn present(&self, object: &Object<D>) -> Record {
+        let path = object.slot().pin.as_ref().map_or(NotePath::None, |pin| path_code(pin.path));
+        UserptrNote { event: UserptrEvent::Present, path, ..describe(object) }.record()
     }
 
     /// Posts that an object's memory has changed hands, which ended the generation `ended`. For the monitor.

@@ -137,6 +137,7 @@ impl<D: Device> Object<D> {
             pin.release();
         }
         self.engine.space.remove(self.range, self.id);
+        self.engine.notes.remove_object(self.id);
     }
 }
 

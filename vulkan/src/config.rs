@@ -3,6 +3,7 @@
 use std::env;
 use std::ffi::CStr;
 use std::fmt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use ash::vk;
@@ -48,14 +49,17 @@ pub struct Config {
     pub budget: u64,
     /// As in [`pinfold_core::Config::inline_limit`].
     pub inline_limit: usize,
+    /// As in [`pinfold_core::Config::watch_socket`].
+    pub watch_socket: Option<PathBuf>,
     /// As in [`pinfold_core::Config::close_limit`].
     pub close_limit: Duration,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        let pinfold_core::Config { deadline, budget, inline_limit, close_limit, .. } = pinfold_core::Config::default();
-        Self { force: None, deadline, budget, inline_limit, close_limit }
+        let pinfold_core::Config { deadline, budget, inline_limit, watch_socket, close_limit, .. } =
+            pinfold_core::Config::default();
+        Self { force: None, deadline, budget, inline_limit, watch_socket, close_limit }
     }
 }
 
@@ -66,6 +70,7 @@ impl Config {
         objects.deadline = self.deadline;
         objects.budget = self.budget;
         objects.inline_limit = self.inline_limit;
+        objects.watch_socket.clone_from(&self.watch_socket);
         objects.close_limit = self.close_limit;
         objects
     }

@@ -1,0 +1,216 @@
+//! Making objects ready for a lease: all or none, on this thread where that is quick, by a worker where it is not.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use pinfold_invalidate::{in_bracket, mappings};
+
+use crate::acquire::Effort;
+use crate::notes::What;
+use crate::object::Object;
+use crate::state::{Snapshot, State, Step};
+use crate::{Device, Error, Lease, Manager, Path, Userptr, protocol};
+
+impl<D: Device> Manager<D> {
+    pub(crate) fn try_acquire(&self, objects: &[&Userptr<D>], since: Option<&mut Since>) -> Result<Lease<D>, Wait> {
+        let engine = self.engine();
+        engine.check()?;
+        if in_bracket() {
+            return Err(Error::Nested.into());
+        }
+        engine.counters.acquires.fetch_add(1, Ordering::Relaxed);
+        let mut lease = Lease::new();
+        let mut wait = None;
+        let since = since.map(|since| since.for_objects(objects));
+        for (index, userptr) in objects.iter().enumerate() {
+            let object = &userptr.handle.object;
+            if !Arc::ptr_eq(&object.engine, engine) {
+                return Err(Error::Foreign.into());
+            }
+            let first = since.as_ref().map_or(u64::MAX, |since| since[index]);
+            let seen = object.ended.value(); // before the look: an end that comes after it is noticed
+            match object.ready(first)? {
+                Some((noted, pin)) => lease.add(Arc::clone(&userptr.handle), noted, pin),
+                None => wait = wait.or(Some((index, seen))), // the others begin all the same
+            }
+        }
+        match wait {
+            None => Ok(lease),
+            object => Err(Wait { error: Error::Again, object }),
+        }
+    }
+}
+
+/// Why a try to acquire did not succeed, and on what to sleep.
+pub(crate) struct Wait {
+    pub(crate) error: Error,
+    /// The object whose acquisition has to end first, and the value to sleep on.
+    pub(crate) object: Option<(usize, u32)>,
+}
+
+impl From<Error> for Wait {
+    fn from(error: Error) -> Self {
+        Self { error, object: None }
+    }
+}
+
+/// For each object, the first acquisition a waiter has waited for: a failure of that one or a later one is the waiter's to be told.
+#[derive(Default)]
+pub(crate) struct Since(Vec<u64>);
+
+impl Since {
+    fn for_objects<D: Device>(&mut self, objects: &[&Userptr<D>]) -> &[u64] {
+        if self.0.is_empty() {
+            self.0 = objects.iter().map(|userptr| userptr.handle.object.first_to_wait_for()).collect();
+        }
+        &self.0
+    }
+}
+
+impl<D: Device> Object<D> {
+    /// The pin of the object if it is valid, else makes it so: here if that is quick, by a worker if not (then `None`).
+    ///
+    /// `first` is the first acquisition the caller waits for; without one (`u64::MAX`) it is told a failure nobody has been told yet.
+    #[allow(clippy::type_complexity)]
+    fn ready(self: &Arc<Self>, first: u64) -> Result<Option<(Snapshot, Arc<crate::object::Pin<D>>)>, Error> {
+        let engine = &self.engine;
+        let patience = Instant::now() + engine.patience();
+        let mut tried_here = false;
+        loop {
+            let seen = protocol::look(&*engine.space, &self.word, Some(patience)).ok_or(Error::Again)?;
+            match seen.state {
+                State::Valid => {
+                    if let Some(pin) = self.pin_of(seen) {
+                        self.refresh(&pin)?;
+                        return Ok(Some((seen, pin)));
+                    }
+                    // No pin of that generation: the word has moved since we looked. So it goes round at most once for each change.
+                    if Instant::now() > patience {
+                        return Err(Error::Again);
+                    }
+                }
+                State::Queued | State::Acquiring => return Ok(None),
+                State::Closed | State::DeadAfterFork => return Err(Error::Closed),
+                State::New | State::Invalid | State::Faulted => {
+                    // Also an acquisition that was cancelled is told as one that failed.
+                    if let Some(error) = self.untold_fault(first) {
+                        return Err(error);
+                    }
+                    if !tried_here && seen.state != State::Faulted && self.is_quick(engine.config.inline_limit) {
+                        tried_here = true;
+                        if let Some((noted, token)) = self.begin_acquisition(seen, Step::Claim) {
+                            engine.counters.inline.fetch_add(1, Ordering::Relaxed);
+                            self.build(noted, token, Effort::INLINE);
+                        }
+                    } else {
+                        self.enqueue(seen);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The acquisition that a waiter who comes now waits for first: one that failed and nobody was told, the one under way, or else the next.
+    fn first_to_wait_for(&self) -> u64 {
+        let slot = self.slot();
+        if let Some(fault) = slot.fault.as_ref().filter(|fault| !fault.told) {
+            return fault.token;
+        }
+        let under_way = matches!(self.word.read().state, State::Queued | State::Acquiring);
+        slot.token + u64::from(!under_way)
+    }
+
+    fn untold_fault(&self, first: u64) -> Option<Error> {
+        let mut slot = self.slot();
+        let fault = slot.fault.as_mut()?;
+        let mine = if first == u64::MAX { !fault.told } else { fault.token >= first };
+        if !mine {
+            return None;
+        }
+        fault.told = true;
+        Some(fault.error.clone())
+    }
+
+    fn enqueue(self: &Arc<Self>, seen: Snapshot) {
+        let Some((_, token)) = self.begin_acquisition(seen, Step::Enqueue) else { return };
+        self.engine.counters.queued.fetch_add(1, Ordering::Relaxed);
+        self.engine.note(self, What::Queued);
+        let object = Arc::clone(self);
+        self.engine.spawn(self.id, move |cancelled| object.work(token, cancelled));
+    }
+
+    /// Word and token move together: a work item finds either both its own or that it was superseded.
+    fn begin_acquisition(&self, seen: Snapshot, step: Step) -> Option<(Snapshot, u64)> {
+        let mut slot = self.slot();
+        let noted = self.word.step(seen, step).ok()?;
+        slot.token += 1;
+        Some((noted, slot.token))
+    }
+
+    /// Brings a mirror up to date.
+    fn refresh(&self, pin: &crate::object::Pin<D>) -> Result<(), Error> {
+        if !matches!(pin.path, Path::Mirror(_)) {
+            return Ok(());
+        }
+        let mappings = mappings(self.range)?;
+        Ok(self.engine.device().refresh(pin.import(), &self.request(&mappings, true))?)
+    }
+
+    /// Takes back an acquisition that is queued or under way.
+    pub(crate) fn cancel(&self) -> bool {
+        let mut slot = self.slot();
+        loop {
+            let seen = self.word.read();
+            let step = match seen.state {
+                State::Queued => Step::Refuse,
+                State::Acquiring => Step::Abandon,
+                _ => return false,
+            };
+            if self.word.step(seen, step).is_ok() {
+                break;
+            }
+        }
+        let token = slot.token;
+        slot.token += 1;
+        self.fail(&mut slot, Error::Cancelled, token);
+        drop(slot);
+        self.wake();
+        true
+    }
+}
+
+/// The future of [`Manager::acquire_async`].
+pub struct Acquire<'a, D: Device> {
+    pub(crate) manager: &'a Manager<D>,
+    pub(crate) objects: &'a [&'a Userptr<D>],
+    pub(crate) since: Since,
+}
+
+impl<D: Device> Future for Acquire<'_, D> {
+    type Output = Result<Lease<D>, Error>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = &mut *self;
+        loop {
+            let wait = match this.manager.try_acquire(this.objects, Some(&mut this.since)) {
+                Err(wait) if wait.error.is_again() => wait,
+                done => return Poll::Ready(done.map_err(|wait| wait.error)),
+            };
+            let Some((index, seen)) = wait.object else {
+                // A gate stayed closed for two hold-offs: nobody will tell this task when it opens, so it asks again when others have had a turn.
+                context.waker().wake_by_ref();
+                return Poll::Pending;
+            };
+            let object = &this.objects[index].handle.object;
+            object.slot().wakers.push(context.waker().clone());
+            // Whoever ends an acquisition moves `ended` before it takes the wakers: unmoved means that ours is there to be woken.
+            if object.ended.value() == seen {
+                return Poll::Pending;
+            }
+        }
+    }
+}

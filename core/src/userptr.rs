@@ -1,0 +1,104 @@
+//! The handle of a registered range.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use pinfold_invalidate::{Coverage, HostRange, in_bracket};
+
+use crate::object::Handle;
+use crate::state::{Generation, Snapshot, State};
+use crate::{Device, Error, Path, protocol};
+
+/// A registered range. Cheap to clone; dropping the last clone (and the last lease of it) ends the registration.
+pub struct Userptr<D: Device> {
+    pub(crate) handle: Arc<Handle<D>>,
+}
+
+impl<D: Device> Userptr<D> {
+    /// The range.
+    #[must_use]
+    pub fn range(&self) -> HostRange {
+        self.handle.object.range
+    }
+
+    /// The number that notes carry; never used twice in a process.
+    #[must_use]
+    pub fn id(&self) -> u64 {
+        self.handle.object.id
+    }
+
+    /// The state. Waits, at most for two hold-offs, while memory of the object's shards is changing hands: a thread that has returned from
+    /// `munmap` never sees the object valid.
+    ///
+    /// # Errors
+    /// [`Error::Again`] if that took longer. A forked child is told [`State::DeadAfterFork`].
+    pub fn state(&self) -> Result<State, Error> {
+        if self.handle.object.engine.space.is_forked() {
+            return Ok(State::DeadAfterFork);
+        }
+        Ok(self.look()?.state)
+    }
+
+    /// The generation: how often the memory has changed hands. Waits as [`state`](Self::state) does.
+    ///
+    /// # Errors
+    /// [`Error::Again`], [`Error::Forked`].
+    pub fn generation(&self) -> Result<Generation, Error> {
+        Ok(self.look()?.generation)
+    }
+
+    fn look(&self) -> Result<Snapshot, Error> {
+        let object = &self.handle.object;
+        if object.engine.space.is_forked() {
+            return Err(Error::Forked);
+        }
+        if in_bracket() {
+            return Err(Error::Nested);
+        }
+        let patience = Instant::now() + object.engine.patience();
+        protocol::look(&*object.engine.space, &object.word, Some(patience)).ok_or(Error::Again)
+    }
+
+    /// How well the range is watched; `None` before the first acquisition.
+    #[must_use]
+    pub fn coverage(&self) -> Option<Coverage> {
+        self.handle.object.slot().coverage
+    }
+
+    /// How the bytes reach the device; `None` while they don't.
+    #[must_use]
+    pub fn path(&self) -> Option<Path> {
+        self.handle.object.slot().pin.as_ref().map(|pin| pin.path)
+    }
+
+    /// Submits under way that use the object.
+    #[must_use]
+    pub fn in_flight(&self) -> u32 {
+        self.handle.object.inflight.load(Ordering::Relaxed)
+    }
+
+    /// Takes back an acquisition that is queued or under way, and tells its waiters [`Error::Cancelled`]. Returns whether there was one.
+    #[allow(clippy::must_use_candidate)]
+    pub fn cancel(&self) -> bool {
+        !self.handle.object.engine.space.is_forked() && self.handle.object.cancel()
+    }
+}
+
+impl<D: Device> Clone for Userptr<D> {
+    fn clone(&self) -> Self {
+        Self { handle: Arc::clone(&self.handle) }
+    }
+}
+
+impl<D: Device> fmt::Debug for Userptr<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let object = &self.handle.object;
+        f.debug_struct("Userptr")
+            .field("id", &object.id)
+            .field("range", &object.range)
+            .field("word", &object.word.read())
+            .finish()
+    }
+}
