@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use pinfold_invalidate::{Cause, Coverage, ManualReason, Mapping, Shards, WatchError, mappings};
+use pinfold_invalidate::{Backing, Cause, Coverage, ManualReason, Mapping, Shards, WatchError, mappings};
 
 use crate::notes::What;
 use crate::object::{Fault, Object, Pin, Slot};
@@ -179,6 +179,7 @@ impl<D: Device> Object<D> {
         let unproven = removed && !matches!(pinfold_invalidate::any_present(self.range), Ok(Some(false)));
 
         let before = mappings(self.range)?;
+        refuse_special(&before)?;
         let Some(prepared) = self.prepare(&before, learnt)? else { return Ok(Attempt::Anew) };
         if !removed {
             populate(self.range, self.access, &before)?;
@@ -304,6 +305,13 @@ impl<D: Device> Object<D> {
     pub(crate) fn is_quick(&self, limit: usize) -> bool {
         self.range.len() <= limit && resident(self.range)
     }
+}
+
+/// Nobody is given the kernel's own pages and mappings of devices: some can be pinned and read, but neither watched nor relied upon.
+fn refuse_special(mappings: &[Mapping]) -> Result<(), Error> {
+    let Some(special) = mappings.iter().find(|mapping| mapping.backing == Backing::Special) else { return Ok(()) };
+    let why = "it is device memory or a page of the kernel's own; a device can only be given ordinary memory";
+    Err(Error::Fault { range: special.range, why, errno: libc::EFAULT })
 }
 
 /// Whether the range shows the same memory in both lists. How far the mappings reach beyond the range doesn't matter: watching splits them.

@@ -127,6 +127,8 @@ impl Space {
                     ledger.watch(piece, shard);
                     registered.push((piece, shard));
                     watched.shards = watched.shards.union(Shards::one(shard));
+                    // Once a part of the stack is watched, the kernel doesn't call it so any more; the shard tells.
+                    let reason = reason.or((shard == NO_HOLD).then_some(NoHoldReason::Stack));
                     if let Some(reason) = reason
                         && watched.coverage == Coverage::Watched
                     {
