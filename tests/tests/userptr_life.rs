@@ -21,8 +21,8 @@ use pinfold_tests::fence::Fence;
 use pinfold_tests::memory::{Backing, Move, Region};
 
 use userptr::{
-    Fake, Rig, alone, assert_faults, assert_taken_back, device_sees, filled, patient, program_sees, register, space, wait_for_mutator,
-    wait_until,
+    Fake, Rig, alone, assert_faults, assert_taken_back, device_sees, filled, patient, program_sees, register, space,
+    wait_for_mutator, wait_until,
 };
 
 /// No acquisition on the calling thread.
@@ -41,7 +41,10 @@ fn lease(rig: &Fake, object: &Userptr<FakeDevice>) -> Lease<FakeDevice> {
 }
 
 /// Submits nothing that would be over before the fence is signalled.
-fn submit(lease: Lease<FakeDevice>, fences: &[Fence]) -> Result<pinfold_core::Pending<FakeDevice>, SubmitError<FakeDevice, Infallible>> {
+fn submit(
+    lease: Lease<FakeDevice>,
+    fences: &[Fence],
+) -> Result<pinfold_core::Pending<FakeDevice>, SubmitError<FakeDevice, Infallible>> {
     // SAFETY: nothing is submitted, so nothing accesses the objects.
     unsafe { lease.submit(fences.iter().cloned(), || Ok(())) }
 }
@@ -332,10 +335,16 @@ fn each_kind_of_failure_of_the_device_arrives_as_what_it_is() {
         let object = register(&rig.manager, region.range());
         rig.device.script(call, &[Answer::Fault(libc::EACCES), Answer::Budget, Answer::Lost, Answer::Failed(-7)]);
         let mut errors = (0..4).map(|_| rig.manager.acquire_timeout(&[&object], PATIENCE).unwrap_err());
-        assert!(matches!(errors.next().unwrap(), Error::Fault { errno: libc::EACCES, range, .. } if range == region.range()));
-        assert!(matches!(errors.next().unwrap(), Error::Budget { needed, .. } if needed == region.range().len() as u64));
+        assert!(
+            matches!(errors.next().unwrap(), Error::Fault { errno: libc::EACCES, range, .. } if range == region.range())
+        );
+        assert!(
+            matches!(errors.next().unwrap(), Error::Budget { needed, .. } if needed == region.range().len() as u64)
+        );
         assert!(matches!(errors.next().unwrap(), Error::Device(error) if matches!(*error, DeviceError::Lost)));
-        assert!(matches!(errors.next().unwrap(), Error::Device(error) if matches!(*error, DeviceError::Failed { raw: -7, .. })));
+        assert!(
+            matches!(errors.next().unwrap(), Error::Device(error) if matches!(*error, DeviceError::Failed { raw: -7, .. }))
+        );
         assert_eq!(object.state().unwrap(), State::Faulted);
         drop(lease(&rig, &object));
     }
@@ -427,8 +436,9 @@ fn acquiring_can_be_awaited() {
     let both = [&first, &second];
     rig.device.script(Call::Import, &[Answer::Hold, Answer::Hold]);
     thread::scope(|scope| {
-        let tasks: Vec<_> =
-            (0..3).map(|_| scope.spawn(|| block_on(rig.manager.acquire_async(&both)).map(|lease| lease.len()))).collect();
+        let tasks: Vec<_> = (0..3)
+            .map(|_| scope.spawn(|| block_on(rig.manager.acquire_async(&both)).map(|lease| lease.len())))
+            .collect();
         rig.device.wait_held(2);
         rig.device.let_go();
         for task in tasks {
@@ -498,7 +508,10 @@ fn merged_leases_are_one_submit_and_one_stale_object_spoils_it() {
         merged
     };
     let (good, stale, fence) = (merged(), merged(), Fence::new());
-    assert_eq!((0..3).map(|index| good.view(index).range).collect::<Vec<_>>(), objects.iter().map(Userptr::range).collect::<Vec<_>>());
+    assert_eq!(
+        (0..3).map(|index| good.view(index).range).collect::<Vec<_>>(),
+        objects.iter().map(Userptr::range).collect::<Vec<_>>()
+    );
     let pending = submit(good, std::slice::from_ref(&fence)).unwrap();
     assert!(objects.iter().all(|object| object.in_flight() == 1));
     fence.signal(Outcome::Done);
@@ -519,7 +532,9 @@ fn work_with_several_signals_is_over_with_the_last_and_lost_if_one_is() {
     let rig = Fake::new();
     let region = anonymous(1);
     let object = register(&rig.manager, region.range());
-    for (ends, outcome) in [([Outcome::Done; 3], Outcome::Done), ([Outcome::Done, Outcome::Lost, Outcome::Done], Outcome::Lost)] {
+    for (ends, outcome) in
+        [([Outcome::Done; 3], Outcome::Done), ([Outcome::Done, Outcome::Lost, Outcome::Done], Outcome::Lost)]
+    {
         let fences = [Fence::new(), Fence::new(), Fence::new()];
         let pending = submit(lease(&rig, &object), &fences).unwrap();
         for (fence, end) in fences.iter().zip(ends) {
@@ -615,7 +630,8 @@ fn a_lease_from_before_an_invalidation_is_refused_although_the_object_is_valid_a
     let new = lease(&rig, &object);
     assert_eq!(object.state().unwrap(), State::Valid);
     // SAFETY: nothing is submitted.
-    let answer = unsafe { old.submit([Fence::new()], || -> Result<(), Infallible> { panic!("commands of an old import") }) };
+    let answer =
+        unsafe { old.submit([Fence::new()], || -> Result<(), Infallible> { panic!("commands of an old import") }) };
     assert!(answer.unwrap_err().is_stale());
     assert!(submit(new, &[]).is_ok());
 }
@@ -637,7 +653,10 @@ fn an_object_of_another_manager_is_foreign() {
     }
     // Two managers over the same memory: both are told, each finds its own.
     drop((lease(&rig, &own), lease(&other, &foreign)));
-    assert_eq!(rig.manager.find(region.range().start()).unwrap().iter().map(Userptr::id).collect::<Vec<_>>(), [own.id()]);
+    assert_eq!(
+        rig.manager.find(region.range().start()).unwrap().iter().map(Userptr::id).collect::<Vec<_>>(),
+        [own.id()]
+    );
     region.map_over(0..1).unwrap();
     assert_eq!((own.state().unwrap(), foreign.state().unwrap()), (State::Invalid, State::Invalid));
 }
@@ -650,7 +669,8 @@ fn find_gives_the_objects_over_an_address() {
     let (low, high) = (register(&rig.manager, region.part(0..4)), register(&rig.manager, region.part(2..6)));
     let page = pinfold_core::page_size();
     let at = |offset: usize| {
-        let mut ids: Vec<_> = rig.manager.find(region.range().start() + offset).unwrap().iter().map(Userptr::id).collect();
+        let mut ids: Vec<_> =
+            rig.manager.find(region.range().start() + offset).unwrap().iter().map(Userptr::id).collect();
         ids.sort_unstable();
         ids
     };

@@ -40,7 +40,8 @@ fn registering_touches_nothing() {
         if backing.on_disk() {
             // Out of the page cache, as far as the file system lets go of it.
             nix::unistd::fsync(region.file()).unwrap();
-            nix::fcntl::posix_fadvise(region.file(), 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+            nix::fcntl::posix_fadvise(region.file(), 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED)
+                .unwrap();
         }
         assert_eq!(region.present(), 0);
         let (cached, events) = (cached_pages(region.range()).unwrap(), rig.manager.stats().space.events);

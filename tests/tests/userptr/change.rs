@@ -151,7 +151,9 @@ pub fn mappings_put_over_a_busy_object_by_several_threads_at_once_all_wait<R: Ri
                 wait_for_mutator();
                 over.store(true, Ordering::SeqCst);
                 let seen = work.finish();
-                if rig.keeps_pages(backing) {
+                // Each piece of anonymous shared memory is a file of its own, and of several files no device has a mapping of its own.
+                let one_file = round == 0 || backing != Backing::AnonymousShared || rig.keeps_pages(Backing::Anonymous);
+                if rig.keeps_pages(backing) && one_file {
                     assert_eq!(seen, before, "{backing:?}");
                 }
             });
@@ -464,4 +466,3 @@ pub fn a_bracket_waits_for_the_work_and_nothing_becomes_valid_inside<R: Rig>(rig
         assert_in_step(rig, &object, &region);
     }
 }
-

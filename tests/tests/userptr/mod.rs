@@ -256,9 +256,7 @@ impl Rig for Dma {
         };
         // SAFETY: the job's fence is signalled when it is over, and it reads the import of the view only.
         let pending = unsafe { lease.submit([job.fence()], hand_over) }?;
-        Ok(Work::new(pending, move || {
-            first_words(&job.finish().expect("the pages stay pinned"))
-        }))
+        Ok(Work::new(pending, move || first_words(&job.finish().expect("the pages stay pinned"))))
     }
 }
 
