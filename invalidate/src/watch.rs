@@ -129,10 +129,9 @@ impl Space {
                     watched.shards = watched.shards.union(Shards::one(shard));
                     // Once a part of the stack is watched, the kernel doesn't call it so any more; the shard tells.
                     let reason = reason.or((shard == NO_HOLD).then_some(NoHoldReason::Stack));
-                    if let Some(reason) = reason
-                        && watched.coverage == Coverage::Watched
-                    {
-                        watched.coverage = Coverage::NoHold(reason);
+                    // By the shard and not by the name alone: what a watch splits off the stack's mapping has lost the name.
+                    if shard == NO_HOLD && watched.coverage == Coverage::Watched {
+                        watched.coverage = Coverage::NoHold(reason.unwrap_or(NoHoldReason::Stack));
                     }
                 }
                 Err(Refusal::Can(error)) => return Err(error),
