@@ -66,11 +66,17 @@ impl Shared {
 pub(crate) fn run(inner: &Arc<Inner>) {
     let mut last = None;
     loop {
-        let turn = inner.watchdog.stop.value();
-        if inner.stop.load(Ordering::SeqCst) {
-            return;
+        let end = Instant::now() + TICK.max(2 * inner.deadline());
+        // A whole tick, however many signals interrupt it: a shorter one would take a hold-off for a monitor that is stuck.
+        loop {
+            let turn = inner.watchdog.stop.value();
+            if inner.stop.load(Ordering::SeqCst) {
+                return;
+            }
+            if !inner.watchdog.stop.wait(turn, Some(end)) {
+                break;
+            }
         }
-        inner.watchdog.stop.wait(turn, Some(Instant::now() + TICK.max(2 * inner.deadline())));
         let beat = inner.monitor.beat.load(Ordering::Relaxed);
         let waiting = inner.monitor.readable(EpollTimeout::ZERO);
         let seen = (beat, inner.watchdog.is_working(), !waiting.is_empty());

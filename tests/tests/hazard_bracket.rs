@@ -240,7 +240,8 @@ fn a_panic_inside_a_bracket_opens_the_gates_again() {
 fn whatever_would_wait_for_the_bracket_it_is_called_in_says_so() {
     isolated(|| {
         let manager = patient(FakeDevice::new());
-        let (region, other) = (Region::new(Backing::Anonymous, 2).unwrap(), Region::new(Backing::Anonymous, 2).unwrap());
+        let (region, other) =
+            (Region::new(Backing::Anonymous, 2).unwrap(), Region::new(Backing::Anonymous, 2).unwrap());
         let (object, bystander) = (register(&manager, region.range()), register(&manager, other.range()));
         let lease = manager.acquire_timeout(&[&bystander], PATIENCE).unwrap();
         let closure = || {
@@ -274,7 +275,8 @@ fn whatever_would_wait_for_the_bracket_it_is_called_in_says_so() {
 fn two_brackets_at_once_run_side_by_side_and_the_gates_open_after_the_second() {
     isolated(|| {
         let manager = patient(FakeDevice::new());
-        let (first, second) = (Region::new(Backing::Anonymous, 2).unwrap(), Region::new(Backing::Anonymous, 2).unwrap());
+        let (first, second) =
+            (Region::new(Backing::Anonymous, 2).unwrap(), Region::new(Backing::Anonymous, 2).unwrap());
         let objects = [register(&manager, first.range()), register(&manager, second.range())];
         drop(manager.acquire_timeout(&[&objects[0], &objects[1]], PATIENCE).unwrap());
         let (both_inside, over) = (Barrier::new(2), AtomicBool::new(false));

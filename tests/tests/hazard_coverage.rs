@@ -133,9 +133,8 @@ fn assert_not_held(manager: &Manager<FakeDevice>, range: HostRange, reason: NoHo
     let queue = manager.watch(WatchConfig::default()).unwrap();
     let (fence, pending) = busy(manager, &object);
     // SAFETY: the caller's page, which nothing points into; it reads as zeros from now on.
-    let advised = unsafe {
-        libc::madvise(std::ptr::without_provenance_mut(range.start()), range.len(), libc::MADV_DONTNEED)
-    };
+    let advised =
+        unsafe { libc::madvise(std::ptr::without_provenance_mut(range.start()), range.len(), libc::MADV_DONTNEED) };
     assert_eq!(advised, 0);
     assert_eq!(fence.outcome(), None, "the mutator returned while the work was under way");
     assert_eq!(object.state().unwrap(), State::Invalid, "and was noticed");
@@ -201,7 +200,8 @@ fn forbid_userfaultfd() -> bool {
     let refusal = libc::SECCOMP_RET_ERRNO | libc::EPERM.cast_unsigned();
     let step = |code, k, jf| libc::sock_filter { code, jt: 0, jf, k };
     // The number of the system call is the first word of what a filter sees.
-    let mut filter = [step(load, 0, 0), step(jump, number, 1), step(ret, refusal, 0), step(ret, libc::SECCOMP_RET_ALLOW, 0)];
+    let mut filter =
+        [step(load, 0, 0), step(jump, number, 1), step(ret, refusal, 0), step(ret, libc::SECCOMP_RET_ALLOW, 0)];
     let program = libc::sock_fprog { len: 4, filter: filter.as_mut_ptr() };
     // SAFETY: numbers only.
     assert_eq!(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }, 0);

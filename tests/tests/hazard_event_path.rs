@@ -125,7 +125,10 @@ fn no_kind_of_event_allocates_or_frees_and_each_is_told_to_the_watch_queue() {
                 if object.generation().unwrap() == generation {
                     // Nothing was done: the kernel refuses this for that kind of memory.
                     let error = result.expect_err("a mutation that was done has been told");
-                    assert!(matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EPERM | libc::EACCES)), "{backing:?} {name}: {error}");
+                    assert!(
+                        matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EPERM | libc::EACCES)),
+                        "{backing:?} {name}: {error}"
+                    );
                     continue;
                 }
                 assert!(manager.stats().space.events > events);

@@ -130,7 +130,8 @@ fn an_import_that_late_work_names_is_kept_until_the_work_is_over() {
     isolated(|| {
         let manager = hasty();
         let device = manager.device().clone();
-        let (region, other) = (Region::new(Backing::Anonymous, 2).unwrap(), Region::new(Backing::Anonymous, 2).unwrap());
+        let (region, other) =
+            (Region::new(Backing::Anonymous, 2).unwrap(), Region::new(Backing::Anonymous, 2).unwrap());
         let (used, idle) = (register(&manager, region.range()), register(&manager, other.range()));
         let (fence, pending, id) = busy(&manager, &used);
         drop(manager.acquire_timeout(&[&idle], PATIENCE).unwrap());
@@ -157,7 +158,8 @@ fn a_manager_that_is_dropped_with_late_work_waits_for_it() {
     isolated(|| {
         let manager = hasty();
         let device = manager.device().clone();
-        let (region, other) = (Region::new(Backing::Anonymous, 2).unwrap(), Region::new(Backing::Anonymous, 2).unwrap());
+        let (region, other) =
+            (Region::new(Backing::Anonymous, 2).unwrap(), Region::new(Backing::Anonymous, 2).unwrap());
         let (used, spare) = (register(&manager, region.range()), register(&manager, other.range()));
         let (fence, pending, id) = busy(&manager, &used);
         let mut probe = manager.acquire_timeout(&[&spare], PATIENCE).unwrap();
