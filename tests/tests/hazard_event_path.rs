@@ -98,8 +98,10 @@ fn invalidations(queue: &WatchQueue, object: &Userptr<FakeDevice>) -> Vec<Userpt
     queue.notes().filter_map(ours).collect()
 }
 
+type Mutate = fn(&Region) -> std::io::Result<()>;
+
 /// Every way in which the kernel is asked to take memory away, and what it reports then.
-const MUTATIONS: [(&str, NoteCause, fn(&Region) -> std::io::Result<()>); 9] = [
+const MUTATIONS: [(&str, NoteCause, Mutate); 9] = [
     ("munmap", NoteCause::Unmap, |region| region.unmap(1..3)),
     ("MAP_FIXED", NoteCause::Unmap, |region| region.map_over(1..3)),
     ("mremap away", NoteCause::Remap, |region| region.relocate(0..4, Move::Away).map(drop)),
@@ -147,7 +149,8 @@ fn no_kind_of_event_allocates_or_frees_and_each_is_told_to_the_watch_queue() {
 fn work_that_is_late_and_brackets_over_it_allocate_nothing() {
     isolated(|| {
         let (manager, queue) = manager(Duration::from_millis(30));
-        let mutations: [(&str, &dyn Fn(&Region)); 4] = [
+        type Mutate<'a> = &'a dyn Fn(&Region);
+        let mutations: [(&str, Mutate<'_>); 4] = [
             ("munmap", &|region| region.unmap_all().unwrap()),
             ("madvise", &|region| region.advise(0..2, libc::MADV_DONTNEED).unwrap()),
             ("mutate", &|region| manager.mutate(&[region.range()], || region.unmap_all().unwrap()).unwrap()),

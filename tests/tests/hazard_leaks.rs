@@ -67,7 +67,7 @@ fn cycle<D: Device<Signal = Fence>>(device: D, round: usize) {
     for object in &objects {
         drop(manager.acquire_timeout(&[object], PATIENCE)); // some have nothing mapped any more
     }
-    if round % 2 == 0 {
+    if round.is_multiple_of(2) {
         drop(regions);
         drop(objects);
     } else {
@@ -191,7 +191,7 @@ fn when_the_manager_is_gone_what_moved_is_nobodys_either() {
         if let Err(e) = Stranger::new() {
             skip!("no userfaultfd here: {e}");
         }
-        for round in 0..20 {
+        for round in 0..20_u32 {
             let manager = patient(FakeDevice::new());
             let region = Region::new(Backing::Anonymous, 8).unwrap();
             let object = register(&manager, region.range());
@@ -202,7 +202,7 @@ fn when_the_manager_is_gone_what_moved_is_nobodys_either() {
             let twice = copied.relocate(0..1, Move::Away).unwrap();
             region.map_over(5..6).unwrap();
             assert!(is_watched(moved.range()) && is_watched(twice.range()) && is_watched(region.part(6..8)));
-            if round % 2 == 0 {
+            if round.is_multiple_of(2) {
                 drop(object);
                 drop(manager);
             } else {

@@ -165,7 +165,10 @@ impl Race<'_> {
             history.floor.store(version, Ordering::SeqCst);
             // The readers get a turn every now and then, so that there is something to take away.
             let seen = self.reads.load(Ordering::Relaxed);
-            while version % 8 == 0 && self.reads.load(Ordering::Relaxed) == seen && !self.stop.load(Ordering::Relaxed) {
+            while version.is_multiple_of(8)
+                && self.reads.load(Ordering::Relaxed) == seen
+                && !self.stop.load(Ordering::Relaxed)
+            {
                 thread::yield_now();
             }
         }
