@@ -90,6 +90,7 @@ fn work_that_was_given_up_on_holds_nobody_a_second_time() {
         let (used, neighbour) = (register(&manager, region.part(0..2)), register(&manager, region.part(2..4)));
         let (fence, pending, _) = busy(&manager, &used);
         region.advise(0..2, libc::MADV_DONTNEED).unwrap();
+        assert_eq!(used.state().unwrap(), State::Invalid); // waits until the change has been told, as the counts don't
         assert_eq!(manager.stats().space.late, 1);
         let queue = manager.watch(WatchConfig::default()).unwrap();
         for round in 0..5_u8 {
@@ -100,6 +101,7 @@ fn work_that_was_given_up_on_holds_nobody_a_second_time() {
             region.advise(0..4, libc::MADV_DONTNEED).unwrap();
         }
         assert_eq!((fence.outcome(), used.in_flight()), (None, 1));
+        assert_eq!((used.state().unwrap(), neighbour.state().unwrap()), (State::Invalid, State::Invalid));
         let stats = manager.stats();
         assert_eq!((stats.late, stats.space.late), (1, 1), "only the first round was late");
         let notes = invalidations(&queue);
@@ -164,6 +166,7 @@ fn a_manager_that_is_dropped_with_late_work_waits_for_it() {
         let (fence, pending, id) = busy(&manager, &used);
         let mut probe = manager.acquire_timeout(&[&spare], PATIENCE).unwrap();
         region.unmap_all().unwrap();
+        assert_eq!(used.state().unwrap(), State::Invalid);
         assert_eq!(manager.stats().late, 1);
         let ending = AtomicBool::new(false);
         thread::scope(|scope| {
