@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use pinfold_core::{State, Userptr};
-use pinfold_invalidate::HostRange;
+use pinfold_invalidate::{HostRange, Shards};
 use pinfold_tests::PATIENCE;
 use pinfold_tests::memory::{Backing, Move, Region};
 use pinfold_tests::skip_part;
@@ -80,8 +80,9 @@ fn mutate_busy<R: Rig>(rig: &R, object: &Userptr<R::D>, mutation: impl FnOnce() 
             assert!(over.load(Ordering::SeqCst), "the mutation has returned while the device worked");
             assert_taken_back(object, generation);
         });
-        wait_for_mutator();
-        assert!(!mutator.is_finished());
+        let space = super::space();
+        super::wait_until("the mutation", || space.is_busy(Shards::ALL) || mutator.is_finished());
+        assert!(!mutator.is_finished(), "the mutator was not held");
         assert_eq!(work.pending.poll(), None);
         over.store(true, Ordering::SeqCst);
         let seen = work.finish();

@@ -8,7 +8,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 
-use pinfold_core::{Device, Generation, Lease, State, Userptr};
+use pinfold_core::{Coverage, Device, Generation, Lease, State, Userptr};
 use pinfold_invalidate::page_size;
 use pinfold_tests::PATIENCE;
 use pinfold_tests::memory::{Backing, Region};
@@ -136,6 +136,43 @@ pub fn an_old_lease_never_gets_through_however_often_the_object_becomes_valid_ag
 /// Objects over each mapping that goes: one call takes the memory of all away, and each is looked at.
 const OBJECTS: usize = 50;
 
+/// A hole that comes and goes while the range is being watched: registering passes over it, and what fills it is not watched by that.
+pub fn a_page_that_comes_and_goes_is_never_valid_without_being_watched<R: Rig>(rig: &R) {
+    let backing = if rig.keeps_pages(Backing::Anonymous) { Backing::Anonymous } else { Backing::Memfd };
+    let region = Region::new(backing, 1).unwrap();
+    let objects = [(); 16].map(|()| register(rig.manager(), region.range()));
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let acquirers = [0, 8].map(|first| {
+            let (objects, stop) = (&objects, &stop);
+            scope.spawn(move || {
+                for object in objects.iter().cycle().skip(first) {
+                    if rig.manager().acquire(&[object]).is_ok() {
+                        assert_eq!(object.coverage(), Some(Coverage::Watched));
+                    }
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                }
+            })
+        });
+        let mutator = scope.spawn(|| {
+            for _ in 0..R::TRIES / 5 {
+                region.unmap(0..1).unwrap();
+                for object in &objects {
+                    assert_ne!(object.state().unwrap(), State::Valid, "valid after munmap");
+                }
+                region.map_over(0..1).unwrap();
+                region.fill(0..1, 1).unwrap();
+            }
+        });
+        let answer = mutator.join();
+        stop.store(true, Ordering::Relaxed);
+        acquirers.into_iter().for_each(|acquirer| acquirer.join().unwrap());
+        answer.unwrap();
+    });
+}
+
 /// The generation in which the object is valid.
 fn valid_in<D: Device>(object: &Userptr<D>) -> Option<Generation> {
     let before = object.generation().unwrap();
@@ -175,6 +212,9 @@ pub fn whoever_has_returned_from_a_mutation_never_finds_the_object_as_valid_as_b
                     // So that there is something to lose.
                     let _ = rig.manager().acquire_timeout(&objects.each_ref(), PATIENCE);
                     let before = objects.each_ref().map(valid_in);
+                    // A hole that comes and goes is no reason to watch this kind of memory less than it can be.
+                    let coverage = |object: &Userptr<R::D>| object.coverage().is_none_or(|it| it == Coverage::Watched);
+                    assert!(objects.iter().all(coverage), "some object is not watched");
                     if round % 2 == 0 {
                         region.advise(0..1, libc::MADV_DONTNEED).unwrap();
                         for (object, before) in objects.iter().zip(before) {
