@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use pinfold_invalidate::{Backing, Cause, Coverage, ManualReason, Mapping, Shards, WatchError, mappings};
 
+use crate::discard::are_gone;
 use crate::notes::What;
 use crate::object::{Fault, Object, Pin, Slot};
 use crate::populate::{populate, resident};
@@ -61,8 +62,6 @@ enum Attempt {
 /// What is learnt in one attempt and useful in the next.
 struct Learnt<D: Device> {
     shards: Shards,
-    /// Pages were discarded since the object was last valid.
-    removed: bool,
     /// Prepared while the range was unwatched, for exactly these mappings.
     prepared: Option<(D::Prepared, Vec<Mapping>)>,
 }
@@ -97,7 +96,7 @@ impl<D: Device> Object<D> {
     /// Takes the pages of an object that this thread has claimed. Returns whether it is valid now; waiters have been told in any case.
     pub(crate) fn build(self: &Arc<Self>, mut noted: Snapshot, token: u64, effort: Effort) -> bool {
         drop(self.take_stale_pin());
-        let mut learnt = Learnt { shards: noted.shards, removed: false, prepared: None };
+        let mut learnt = Learnt { shards: noted.shards, prepared: None };
         let (mut moved, mut anew) = (0, 0);
         loop {
             match self.attempt(noted, token, &mut learnt, effort) {
@@ -110,7 +109,6 @@ impl<D: Device> Object<D> {
                 Ok(Attempt::Anew) => anew += 1,
                 Err(error) => {
                     if self.fault(noted, token, error) {
-                        self.removed.fetch_or(learnt.removed, Ordering::AcqRel); // for the next builder
                         self.wake();
                         return false;
                     }
@@ -122,7 +120,6 @@ impl<D: Device> Object<D> {
             match self.reclaim(noted, token, spent) {
                 Some(again) => noted = again,
                 None => {
-                    self.removed.fetch_or(learnt.removed, Ordering::AcqRel); // for the next builder
                     self.wake();
                     return false;
                 }
@@ -173,15 +170,14 @@ impl<D: Device> Object<D> {
         if !space.wait_open(shards, patience) || !space.wait_settled(shards, patience) {
             return Ok(Attempt::Crowded);
         }
-        learnt.removed |= self.removed.swap(false, Ordering::AcqRel);
-        let removed = learnt.removed;
-        // Absent pages prove that the zap is over. Asked before anything is populated.
-        let unproven = removed && !matches!(pinfold_invalidate::any_present(self.range), Ok(Some(false)));
+        let discarded = self.discarded.since_taken(self.range);
+        // Asked before anything is populated: absent pages prove that the zap is over.
+        let unproven = discarded.is_some_and(|part| !are_gone(part, effort.patience));
 
         let before = mappings(self.range)?;
         refuse_special(&before)?;
         let Some(prepared) = self.prepare(&before, learnt)? else { return Ok(Attempt::Anew) };
-        if !removed {
+        if discarded.is_none() {
             populate(self.range, self.access, &before)?;
         }
         let Some((watched, coverage, after)) = self.watch(&before)? else { return Ok(Attempt::Moved) };
@@ -195,7 +191,7 @@ impl<D: Device> Object<D> {
             return Ok(Attempt::Moved);
         }
         learnt.shards = watched;
-        if removed {
+        if discarded.is_some() {
             populate(self.range, self.access, &after)?; // what the mutator has dropped meanwhile, too
         }
         let bytes = self.range.len() as u64;
@@ -210,6 +206,7 @@ impl<D: Device> Object<D> {
             pin.release();
             return Ok(Attempt::Moved);
         }
+        self.discarded.take(noted.generation);
         self.engine.note(self, What::Acquired(path, noted.generation));
         if unproven {
             self.look_again(noted);

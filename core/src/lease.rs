@@ -126,6 +126,8 @@ impl<D: Device> Lease<D> {
         let Some(engine) = self.held.first().map(|held| Arc::clone(&held.handle.object.engine)) else {
             return self.submit_nothing(submit);
         };
+        // Counted first: the manager's end either waits for this submit, or is seen by it.
+        let underway = Underway::begin(&engine);
         engine.check().map_err(SubmitError::Gone)?;
         if in_bracket() {
             return Err(SubmitError::Gone(Error::Nested));
@@ -152,7 +154,7 @@ impl<D: Device> Lease<D> {
             count(&self.held, Submit::IsRefused);
             return Err(SubmitError::Rejected { error, lease: self });
         }
-        let pending = Flight::launch(&engine, self.held, uses, signals);
+        let pending = Flight::launch(underway, self.held, uses, signals);
         match result {
             Ok(_) => Ok(pending),
             Err(panic) => resume_unwind(panic),
@@ -226,26 +228,43 @@ pub(crate) struct Flight<D: Device> {
     engine: Arc<Engine<D>>,
 }
 
+/// A submit that the manager's end waits for.
+struct Underway<D: Device>(Arc<Engine<D>>);
+
+impl<D: Device> Underway<D> {
+    fn begin(engine: &Arc<Engine<D>>) -> Self {
+        engine.flights.add(1);
+        Self(Arc::clone(engine))
+    }
+}
+
+impl<D: Device> Drop for Underway<D> {
+    fn drop(&mut self) {
+        self.0.flights.sub(1);
+    }
+}
+
 struct Rest<D: Device> {
     /// What the commands name. Emptied by retirement.
     held: Vec<Held<D>>,
     outcome: Option<Outcome>,
     wakers: Vec<Waker>,
+    underway: Option<Underway<D>>,
 }
 
 impl<D: Device> Flight<D> {
     fn launch(
-        engine: &Arc<Engine<D>>,
+        underway: Underway<D>,
         held: Vec<Held<D>>,
         uses: Uses,
         signals: impl IntoIterator<Item = D::Signal>,
     ) -> Pending<D> {
+        let engine = Arc::clone(&underway.0);
         for held in &held {
             engine.note(&held.handle.object, What::Submitted);
         }
         engine.counters.submits.fetch_add(1, Ordering::Relaxed);
-        engine.flights.add(1);
-        let rest = Rest { held, outcome: None, wakers: Vec::new() };
+        let rest = Rest { held, outcome: None, wakers: Vec::new(), underway: Some(underway) };
         let flight = Arc::new(Self {
             uses,
             left: AtomicU32::new(1), // ours, until every signal is followed
@@ -253,7 +272,7 @@ impl<D: Device> Flight<D> {
             late: AtomicBool::new(false),
             over: Futex::new(),
             rest: Mutex::new(rest),
-            engine: Arc::clone(engine),
+            engine: Arc::clone(&engine),
         });
         for signal in signals {
             flight.left.fetch_add(1, Ordering::Relaxed);
@@ -285,10 +304,10 @@ impl<D: Device> Retire for Flight<D> {
 
     fn finish(&self) {
         let outcome = if self.lost.load(Ordering::Relaxed) { Outcome::Lost } else { Outcome::Done };
-        let (held, wakers) = {
+        let (held, wakers, underway) = {
             let mut rest = self.rest.lock().unwrap_or_else(PoisonError::into_inner);
             rest.outcome = Some(outcome);
-            (std::mem::take(&mut rest.held), std::mem::take(&mut rest.wakers))
+            (std::mem::take(&mut rest.held), std::mem::take(&mut rest.wakers), rest.underway.take())
         };
         if self.late.load(Ordering::Relaxed) {
             for held in &held {
@@ -298,7 +317,7 @@ impl<D: Device> Retire for Flight<D> {
         }
         count(&held, Submit::IsOver);
         drop(held);
-        self.engine.flights.sub(1);
+        drop(underway);
         self.over.bump();
         wakers.into_iter().for_each(Waker::wake);
     }

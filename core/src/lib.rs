@@ -10,6 +10,7 @@
 
 mod acquire;
 mod device;
+mod discard;
 mod engine;
 mod error;
 mod lease;

@@ -1,12 +1,13 @@
 //! One registered range: its word, its slot, and what happens to it from outside.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 
 use pinfold_invalidate::sync::Futex;
 use pinfold_invalidate::{Cause, Change, Coverage, HostRange, Shards, Target};
 
+use crate::discard::Discarded;
 use crate::engine::Engine;
 use crate::notes::What;
 use crate::state::{Snapshot, State, Step, Word};
@@ -25,8 +26,8 @@ pub(crate) struct Object<D: Device> {
     pub(crate) inflight: AtomicU32,
     /// One more than the generation of the last work that ended after a hold-off had given up on it. Written by retirement.
     pub(crate) ended_late: AtomicU64,
-    /// Pages were discarded since the last acquisition. Set by the monitor, taken by the builder.
-    pub(crate) removed: AtomicBool,
+    /// Pages that were discarded since the last acquisition.
+    pub(crate) discarded: Discarded,
     /// Changes when an acquisition has ended, however it did.
     pub(crate) ended: Futex,
     /// Object lock. Never taken by the monitor, never held across a device call.
@@ -81,7 +82,7 @@ impl<D: Device> Object<D> {
             word: Word::default(),
             inflight: AtomicU32::new(0),
             ended_late: AtomicU64::new(0),
-            removed: AtomicBool::new(false),
+            discarded: Discarded::new(),
             ended: Futex::new(),
             slot: Mutex::new(slot),
             engine,
@@ -143,10 +144,11 @@ impl<D: Device> Object<D> {
 
 impl<D: Device> Target for Object<D> {
     fn invalidated(&self, change: &Change) {
-        if change.cause == Cause::Remove {
-            self.removed.store(true, Ordering::Release);
-        }
         let before = self.word.take_back(Step::Invalidate);
+        if change.cause == Cause::Remove {
+            // Behind a closed gate still, so a builder that notes the new generation sees this, too.
+            self.discarded.note(change.range, before.generation.next());
+        }
         if before.state == State::Closed {
             return;
         }

@@ -206,7 +206,12 @@ impl<D: Device> Future for Acquire<'_, D> {
                 return Poll::Pending;
             };
             let object = &this.objects[index].handle.object;
-            object.slot().wakers.push(context.waker().clone());
+            {
+                let mut slot = object.slot();
+                if !slot.wakers.iter().any(|waker| waker.will_wake(context.waker())) {
+                    slot.wakers.push(context.waker().clone());
+                }
+            }
             // Whoever ends an acquisition moves `ended` before it takes the wakers: unmoved means that ours is there to be woken.
             if object.ended.value() == seen {
                 return Poll::Pending;

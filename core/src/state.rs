@@ -115,7 +115,7 @@ pub struct Snapshot {
 }
 
 impl Generation {
-    fn next(self) -> Self {
+    pub(crate) fn next(self) -> Self {
         Self((self.0 + 1) & (u64::MAX >> GENERATION_SHIFT))
     }
 }

@@ -3,6 +3,7 @@
 #[macro_use]
 mod userptr;
 
+use std::cell::Cell;
 use std::convert::Infallible;
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -893,8 +894,17 @@ fn the_watch_queue_tells_a_whole_life() {
     // SAFETY: no reference points into a region, and every mutation is held off or bracketed.
     let object = unsafe { rig.manager.register_labelled(region.range(), Access::ReadWrite, "weights") }.unwrap();
     let (id, range) = (object.id(), region.range());
+    // The end of work and the change that waited for it are told by two threads, in either order.
+    let (submitted, retired) = (Cell::new(0), Cell::new(0));
     let expect = |event, state, generation| {
-        let note = next(&queue);
+        let note = loop {
+            let note = next(&queue);
+            match note.event {
+                UserptrEvent::Submitted => submitted.set(submitted.get() + 1),
+                UserptrEvent::Retired => retired.set(retired.get() + 1),
+                _ => break note,
+            }
+        };
         assert_eq!((note.event, note.state, note.generation), (event, state, generation), "{note:?}");
         assert_eq!((note.object, note.label.as_str(), note.writes), (id, "weights", true));
         note
@@ -959,4 +969,5 @@ fn the_watch_queue_tells_a_whole_life() {
     expect(UserptrEvent::Closed, NoteState::Closed, last + 2);
     rig.device.wait_no_imports();
     assert!(queue.notes().next().is_none());
+    assert_eq!((submitted.get(), retired.get()), (1, 1));
 }

@@ -71,7 +71,11 @@ fn munmap_of_shared_memory_waits_for_the_device() {
                 return;
             }
             // The mapping is gone from the moment on at which its mutator begins to wait.
-            with_reader(backing, |region| region.unmap_all().unwrap(), |region| peek(region.range().start(), 1).is_err());
+            with_reader(
+                backing,
+                |region| region.unmap_all().unwrap(),
+                |region| peek(region.range().start(), 1).is_err(),
+            );
         })
         .expect_return();
     }
