@@ -7,36 +7,46 @@
 //! What is where: `state` has the table of states; `protocol` the three places where an object's word meets the gates; `acquire` the order in
 //! which pages are taken; [`watch`] the queue of everything that happens; [`Device`] what a device must be able to do. Vulkan is one such device,
 //! in `pinfold-vulkan`, which is the crate that engines name.
+//!
+//! Under `cfg(loom)` the protocol and the watch queue are compiled against loom's atomics; what shows them to the world is left out.
 
 mod acquire;
+mod config;
 mod device;
 mod discard;
 mod engine;
 mod error;
 mod lease;
+#[cfg(not(loom))]
 mod manager;
 mod notes;
 mod object;
 mod populate;
 #[doc(hidden)]
 pub mod protocol;
+#[cfg(not(loom))]
 mod ready;
 #[doc(hidden)]
 pub mod state;
 mod ticket;
+#[cfg(not(loom))]
 mod userptr;
 pub mod watch;
 
+pub use config::Config;
 pub use device::{Access, Device, DeviceError, MirrorReason, Outcome, Path, Preparation, Request};
 pub use error::{Error, SubmitError};
 pub use lease::{Lease, Pending, View};
-pub use manager::{Config, Manager, Stats};
+#[cfg(not(loom))]
+pub use manager::{Manager, Stats};
 pub use pinfold_invalidate::{
     Coverage, HostRange, ManualReason, Mapping, NoHoldReason, RangeError, in_bracket, on_event_path, page_size,
 };
+#[cfg(not(loom))]
 pub use ready::Acquire;
 pub use state::{Generation, State};
 pub use ticket::Ticket;
+#[cfg(not(loom))]
 pub use userptr::Userptr;
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]

@@ -2,49 +2,19 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use pinfold_invalidate::{Cause, DEFAULT_DEADLINE, HostRange, Shards, SpaceStats, in_bracket};
+use pinfold_invalidate::{Cause, HostRange, Shards, SpaceStats, in_bracket};
 
 use crate::engine::Engine;
 use crate::notes::What;
 use crate::object::{Handle, Object};
 use crate::ready::{Since, Wait};
 use crate::watch::{Record, Scope, WatchConfig, WatchList, WatchQueue, share};
-use crate::{Access, Acquire, Device, Error, Lease, Userptr};
-
-/// What can be set when a manager is made.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub struct Config {
-    /// How long a mutator of memory in use is kept waiting before it is let go and the work is reported LATE. Default 100 ms, at most 10 s; the
-    /// longest of all managers of the process counts.
-    pub deadline: Duration,
-    /// Most bytes the device may have at a time. Default: no limit of ours.
-    pub budget: u64,
-    /// Ranges up to this many bytes whose pages are resident are taken on the thread that calls `acquire`. Default 256 KiB; 0: never.
-    pub inline_limit: usize,
-    /// A socket at which other processes of the same user may watch what happens. Default: what `PINFOLD_WATCH` says (a path, or `1` for
-    /// `pinfold-<pid>.sock` in the run-time folder), and nowhere without it. Further managers that come to the same path take `<path>.2` and so on.
-    pub watch_socket: Option<PathBuf>,
-    /// How long dropping the manager waits for work that is under way before it asks the device. Default 5 s.
-    pub close_limit: Duration,
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        Self {
-            deadline: DEFAULT_DEADLINE,
-            budget: u64::MAX,
-            inline_limit: 256 << 10,
-            watch_socket: share::default_path(),
-            close_limit: Duration::from_secs(5),
-        }
-    }
-}
+use crate::{Access, Acquire, Config, Device, Error, Lease, Userptr};
 
 /// Hands host memory to one device. Cheap to clone; the last clone to go ends every object, waits for work under way, and joins the workers.
 pub struct Manager<D: Device> {
@@ -68,7 +38,7 @@ impl<D: Device> Manager<D> {
     /// # Errors
     /// [`Error::Space`] and [`Error::Pool`] if threads or descriptors can't be had, [`Error::Queue`] if the watch socket can't be made.
     pub fn new(device: D, config: Config) -> Result<Self, Error> {
-        let socket = config.watch_socket.clone();
+        let socket = config.watch_socket.clone().or_else(share::default_path);
         let engine = Arc::new(Engine::new(device, config)?);
         let owner = Arc::new(Owner { engine, objects: Mutex::default(), server: OnceLock::new() });
         if let Some(path) = socket {
