@@ -172,10 +172,7 @@ impl<D: Device> Object<D> {
         }
         let discarded = self.discarded.since_taken(self.range);
         // Asked before anything is populated: absent pages prove that the zap is over.
-        let unproven = discarded.is_some_and(|part| !are_gone(part, effort.patience));
-        if unproven && effort.patience.is_zero() {
-            return Ok(Attempt::Crowded); // a worker can wait for it
-        }
+        let unproven = discarded.is_some_and(|part| !are_gone(part));
 
         let before = mappings(self.range)?;
         refuse_special(&before)?;

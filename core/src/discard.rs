@@ -9,14 +9,10 @@
 //! bounds that fit nothing, which stand for the whole object.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
 
 use pinfold_invalidate::{HostRange, any_present};
 
 use crate::Generation;
-
-/// How long a worker waits for discarded pages to go. A mutator needs that long only if it is preempted, or somebody touches the pages.
-const PATIENCE: Duration = Duration::from_millis(2);
 
 #[derive(Debug)]
 pub(crate) struct Discarded {
@@ -65,16 +61,11 @@ impl Discarded {
     }
 }
 
-/// Whether every page of the range has been seen absent, within `limit`. Asked before anything makes them present again.
-pub(crate) fn are_gone(range: HostRange, limit: Duration) -> bool {
-    let deadline = Instant::now() + limit.min(PATIENCE);
-    loop {
-        match any_present(range) {
-            Ok(Some(false)) => return true,
-            Ok(Some(true)) if Instant::now() < deadline => std::thread::sleep(Duration::from_micros(50)),
-            _ => return false, // present still, or this kernel can't tell
-        }
-    }
+/// Whether every page of the range is seen absent. Asked before anything makes them present again.
+///
+/// Asked once: waiting for it starves an object whose pages the program discards and touches all the time.
+pub(crate) fn are_gone(range: HostRange) -> bool {
+    matches!(any_present(range), Ok(Some(false))) // else: present still, or this kernel can't tell
 }
 
 #[cfg(all(test, not(loom)))]

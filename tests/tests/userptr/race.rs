@@ -27,7 +27,16 @@ struct Page {
 const PAGES: usize = 4;
 
 /// Takes one page after the other away until told to stop, each in another way.
-fn mutate(region: &Region, history: &[Page; PAGES], mutator: usize, ways: usize, stop: &AtomicBool) -> usize {
+/// Discarding is bracketed here: bare, its end is announced to nobody, and for the 10 ms until the pages are taken a second time a device may see
+/// the old ones. `hazard_stale` has the bare ones.
+fn mutate<R: Rig>(
+    rig: &R,
+    region: &Region,
+    history: &[Page; PAGES],
+    mutator: usize,
+    ways: usize,
+    stop: &AtomicBool,
+) -> usize {
     let mut rounds = 0;
     while !stop.load(Ordering::Relaxed) {
         // Each mutator has pages of its own, so that the versions of a page are of one writer.
@@ -36,7 +45,10 @@ fn mutate(region: &Region, history: &[Page; PAGES], mutator: usize, ways: usize,
         let version = state.floor.load(Ordering::Relaxed) + 1;
         state.begun.store(version, Ordering::SeqCst);
         match rounds % ways {
-            0 => region.advise(page..page + 1, libc::MADV_DONTNEED).unwrap(),
+            0 => {
+                let discard = || region.advise(page..page + 1, libc::MADV_DONTNEED);
+                rig.manager().mutate(&[region.part(page..page + 1)], discard).unwrap().unwrap();
+            }
             1 => region.map_over(page..page + 1).unwrap(),
             _ => {
                 region.unmap(page..page + 1).unwrap();
@@ -96,7 +108,7 @@ pub fn a_device_never_reads_what_a_mutation_that_has_returned_took_away<R: Rig>(
     let ways = if rig.keeps_pages(Backing::Anonymous) { 3 } else { 2 };
     let (region, history, stop, reads) = (&region, &history, &stop, &reads);
     thread::scope(|scope| {
-        let mutators = [0, 1].map(|mutator| scope.spawn(move || mutate(region, history, mutator, ways, stop)));
+        let mutators = [0, 1].map(|mutator| scope.spawn(move || mutate(rig, region, history, mutator, ways, stop)));
         let readers = objects.each_ref().map(|object| scope.spawn(move || read(rig, object, history, reads)));
         let answers = readers.map(thread::ScopedJoinHandle::join);
         stop.store(true, Ordering::Relaxed);
