@@ -16,6 +16,8 @@ mod device;
 mod discard;
 mod engine;
 mod error;
+#[cfg(not(loom))]
+mod host_buffer;
 mod lease;
 #[cfg(not(loom))]
 mod manager;
@@ -36,6 +38,8 @@ pub mod watch;
 pub use config::Config;
 pub use device::{Access, Device, DeviceError, MirrorReason, Outcome, Path, Preparation, Request};
 pub use error::{Error, SubmitError};
+#[cfg(not(loom))]
+pub use host_buffer::{HostBuffer, HostBufferError, HostBufferKind, HugePages};
 pub use lease::{Lease, Pending, View};
 #[cfg(not(loom))]
 pub use manager::{Manager, Stats};

@@ -242,6 +242,13 @@ impl Space {
         Ok(space)
     }
 
+    /// The tracking of this process, if somebody has asked for it and still has it.
+    #[must_use]
+    pub fn current() -> Option<Arc<Self>> {
+        let current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
+        current.filter(|space| !space.is_forked())
+    }
+
     fn start(deadline_ns: u64) -> Result<Self, SpaceError> {
         // All three events or none: half a watch would be believed to be a whole one.
         let open = || {
