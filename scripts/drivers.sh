@@ -1,20 +1,25 @@
 # shellcheck shell=bash
-# The two Vulkan drivers that need no GPU, and how a command is told to use one of them. Sourced by the other scripts.
+# The Vulkan drivers that need no GPU, and how a command is told to use one of them. Sourced by the other scripts.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 drivers=(lavapipe swiftshader)
 
-# Runs scripts/setup and takes over what it found.
+# Runs scripts/setup and takes over what it found. `lavapipe25`, a newer lavapipe, joins the drivers where there is one;
+# where there is none, PINFOLD_LAVAPIPE25_MISSING says why.
 prepare() {
     "$root/scripts/setup"
     # shellcheck source=/dev/null
     source "$root/.cache/env"
+    if [[ -n $PINFOLD_LAVAPIPE25_ICD ]]; then
+        drivers=(lavapipe lavapipe25 swiftshader)
+    fi
 }
 
 # icd_of DRIVER prints the path of the driver's manifest.
 icd_of() {
     case $1 in
         lavapipe) printf '%s\n' "$PINFOLD_LAVAPIPE_ICD" ;;
+        lavapipe25) printf '%s\n' "$PINFOLD_LAVAPIPE25_ICD" ;;
         swiftshader) printf '%s\n' "$PINFOLD_SWIFTSHADER_ICD" ;;
         *) echo "unknown driver '$1': it is one of ${drivers[*]}" >&2; return 1 ;;
     esac

@@ -9,8 +9,10 @@ use ash::vk;
 /// A driver that needs no GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Driver {
-    /// Mesa's.
+    /// Mesa's, of the distribution.
     Lavapipe,
+    /// Mesa's, version 25 or newer.
+    Lavapipe25,
     /// The browser's.
     SwiftShader,
 }
@@ -29,8 +31,9 @@ impl Driver {
         let name = env::var("PINFOLD_TEST_DRIVER").unwrap_or_else(|_| "lavapipe".into());
         let (driver, variable) = match name.as_str() {
             "lavapipe" => (Self::Lavapipe, "PINFOLD_LAVAPIPE_ICD"),
+            "lavapipe25" => (Self::Lavapipe25, "PINFOLD_LAVAPIPE25_ICD"),
             "swiftshader" => (Self::SwiftShader, "PINFOLD_SWIFTSHADER_ICD"),
-            _ => panic!("PINFOLD_TEST_DRIVER is `{name}`; it is `lavapipe` or `swiftshader`"),
+            _ => panic!("PINFOLD_TEST_DRIVER is `{name}`; it is `lavapipe`, `lavapipe25` or `swiftshader`"),
         };
         if env::var_os("VK_DRIVER_FILES").is_none() {
             let manifest = manifest(variable).ok_or("no Vulkan driver is chosen; scripts/setup finds them")?;
@@ -46,7 +49,7 @@ impl Driver {
     /// What the driver calls itself.
     pub(super) fn id(self) -> vk::DriverId {
         match self {
-            Self::Lavapipe => vk::DriverId::MESA_LLVMPIPE,
+            Self::Lavapipe | Self::Lavapipe25 => vk::DriverId::MESA_LLVMPIPE,
             Self::SwiftShader => vk::DriverId::GOOGLE_SWIFTSHADER,
         }
     }

@@ -69,9 +69,9 @@ impl Gpu {
         let messenger =
             unsafe { debug.create_debug_utils_messenger(&self::ear(&messages), None) }.expect("a messenger");
         let physical = physical_device(&instance, driver);
-        let wanted = requirements(&instance, physical).expect("both drivers have what Pinfold asks for");
+        let wanted = requirements(&instance, physical).expect("the drivers have what Pinfold asks for");
         let (names, mut features) = (wanted.extension_names(), wanted.features());
-        // Both drivers have one family, which does everything.
+        // The drivers have one family, which does everything.
         let queues = [vk::DeviceQueueCreateInfo::default().queue_family_index(0).queue_priorities(&[1.0])];
         let info = vk::DeviceCreateInfo::default().queue_create_infos(&queues).enabled_extension_names(&names);
         let info = features.push(info);

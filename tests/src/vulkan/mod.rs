@@ -1,6 +1,6 @@
 //! A real Vulkan device of the driver under test, on which every message of the validation layer is a failure.
 //!
-//! `PINFOLD_TEST_DRIVER` names the driver, `lavapipe` (the default) or `swiftshader`; `scripts/test` runs each test program once with each.
+//! `PINFOLD_TEST_DRIVER` names the driver, `lavapipe` (the default), `lavapipe25` or `swiftshader`; `scripts/test` runs each test program once with each.
 //! Jobs are what an engine submits: copies, fills, and a scan of any length, each with a timeline semaphore of its own. A job may hold: it is
 //! submitted, and waits for the test.
 
