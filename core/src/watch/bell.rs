@@ -8,13 +8,15 @@
 //! ```
 //!
 //! **Law**: the eventfd is non-zero in `RUNG`, zero in `IDLE` and `ARMED`. **No wake-up is lost**: a post publishes, then looks at the state; the reader
-//! sets `ARMED`, then looks for records; both sides are `SeqCst`, so one of them sees the other. (A post that looks late may ring for a record that was taken
+//! sets `ARMED`, then looks for records; with a barrier between the two steps on both sides, one of them sees the other. The reader is about to sleep and pays
+//! for both barriers; once it arms after every read it pays for its own only, and posts, which see that, for theirs. (A post that looks late may ring for a record that was taken
 //! meanwhile: one wake-up for nothing, and the read that finds nothing silences it.) A reader that meets `RINGING` waits for the
 //! two instructions and one non-blocking write that the other thread has left, because a drain in between would leave the late write behind.
 
+use super::barrier;
 use super::signal::Signal;
-use super::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use super::sync::{pause, store_load_barrier};
+use super::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
+use super::sync::pause;
 
 const IDLE: u32 = 0;
 const ARMED: u32 = 1;
@@ -32,6 +34,7 @@ pub(super) struct Bell {
 
 impl Bell {
     pub(super) fn new(signal: Signal) -> Self {
+        barrier::prepare();
         Self { state: AtomicU32::new(IDLE), level: AtomicBool::new(false), signal }
     }
 
@@ -39,12 +42,16 @@ impl Bell {
         &self.signal
     }
 
-    /// Rings if the bell is armed. The caller has just published something with a `SeqCst` write.
+    /// Rings if the bell is armed. The caller has just published something.
     #[inline]
     pub(super) fn ring_if_armed(&self) {
-        store_load_barrier();
-        // SeqCst: the post's half of the pair in the module's head.
-        if self.state.load(Ordering::SeqCst) == ARMED {
+        barrier::light();
+        // Who doesn't see the bit has published before `keep_level`'s barrier, and with it before every arming after that.
+        if self.is_level() {
+            fence(Ordering::SeqCst);
+        }
+        // Relaxed: the barrier is the post's half of the pair in the module's head.
+        if self.state.load(Ordering::Relaxed) == ARMED {
             self.ring();
         }
     }
@@ -78,9 +85,13 @@ impl Bell {
             }
             break;
         }
-        // SeqCst: the reader's half of the pair in the module's head.
-        self.state.swap(ARMED, Ordering::SeqCst);
-        store_load_barrier();
+        // Relaxed: the barrier is the reader's half of the pair in the module's head.
+        self.state.store(ARMED, Ordering::Relaxed);
+        if self.is_level() {
+            fence(Ordering::SeqCst);
+        } else {
+            barrier::heavy();
+        }
         if !readable() {
             return false;
         }
@@ -91,10 +102,12 @@ impl Bell {
     /// Arms after every read from now on. The caller holds the reader's lock.
     #[cfg(not(loom))]
     pub(super) fn keep_level(&self) {
-        // Relaxed: read under the reader's lock, except for a first look that may lag.
+        // Relaxed: the barrier orders it for posts; everybody else reads it under the reader's lock, but for a first look that may lag.
         self.level.store(true, Ordering::Relaxed);
+        barrier::heavy();
     }
 
+    #[inline]
     pub(super) fn is_level(&self) -> bool {
         self.level.load(Ordering::Relaxed)
     }

@@ -109,6 +109,7 @@
 //! | records posted before the size is set vanish | they leave a loss mark |
 //! | filters keep subtypes 0 to 31 and types 0 and 1 | all 256 subtypes, types 0 to 127 |
 
+mod barrier;
 mod bell;
 mod filter;
 mod limit;
@@ -119,11 +120,13 @@ mod note;
 mod queue;
 mod record;
 mod ring;
+mod seat;
 #[cfg(not(loom))]
 pub mod share;
 mod signal;
 mod snapshot;
 mod sync;
+mod turn;
 
 pub use filter::{FilterEntry, FilterError, MAX_FILTER_ENTRIES, parse_filter};
 pub use limit::WatchLimit;

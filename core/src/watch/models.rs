@@ -14,6 +14,7 @@ use super::record::{Record, TYPE_WORK};
 use super::ring::{Push, Ring, Slots};
 use super::signal::Signal;
 use super::snapshot::Snapshot;
+use super::turn::Turn;
 use super::{Note, Scope, WatchConfig, WatchList, WatchQueue};
 
 fn numbered(number: u64) -> Record {
@@ -189,23 +190,63 @@ impl Drop for Tracked {
 // SAFETY: loom reports every access to the cell that isn't ordered.
 unsafe impl Sync for Tracked {}
 
+/// Values replaced beside this many readers. The models' threads have two seats between them, so with more than one reader somebody may have to count.
+fn replaced_beside(readers: usize) {
+    let value = |number| Some(Box::new(Tracked(UnsafeCell::new(number))));
+    let snapshot = Arc::new(Snapshot::empty());
+    drop(snapshot.replace(value(1)));
+    let reader = |_| {
+        let snapshot = Arc::clone(&snapshot);
+        thread::spawn(move || {
+            // SAFETY: loom checks that no write is under way or unordered.
+            snapshot.read(|value: &Tracked| value.0.with(|value| unsafe { *value }))
+        })
+    };
+    let readers = (0..readers).map(reader).collect::<Vec<_>>();
+    drop(snapshot.replace(value(2)));
+    drop(snapshot.replace(None));
+    for reader in readers {
+        let seen = reader.join().expect("a reader");
+        assert!(matches!(seen, None | Some(1 | 2)), "{seen:?}");
+    }
+}
+
 #[test]
 fn a_replaced_value_is_freed_after_its_last_reader() {
+    loom::model(|| replaced_beside(1));
+}
+
+#[test]
+fn readers_without_a_seat_are_waited_for_too() {
+    let mut bounded = loom::model::Builder::new();
+    bounded.preemption_bound = Some(2);
+    bounded.check(|| {
+        // Somebody sits on one of the two seats already.
+        let other = Snapshot::empty();
+        drop(other.replace(Some(Box::new(0))));
+        other.read(|_| replaced_beside(2));
+    });
+}
+
+#[test]
+fn it_is_one_readers_turn_at_a_time_and_who_waits_gets_it() {
     loom::model(|| {
-        let value = |number| Some(Box::new(Tracked(UnsafeCell::new(number))));
-        let snapshot = Arc::new(Snapshot::empty());
-        drop(snapshot.replace(value(1)));
-        let reader = {
-            let snapshot = Arc::clone(&snapshot);
-            thread::spawn(move || {
-                // SAFETY: loom checks that no write is under way or unordered.
-                snapshot.read(|value: &Tracked| value.0.with(|value| unsafe { *value }))
-            })
+        let shared = Arc::new((Turn::new(), Tracked(UnsafeCell::new(0))));
+        let count = |shared: &(Turn, Tracked)| {
+            let _taken = shared.0.take();
+            shared.1.0.with_mut(|value| {
+                // SAFETY: loom checks that no other access is under way or unordered.
+                unsafe { *value += 1 }
+            });
         };
-        drop(snapshot.replace(value(2)));
-        drop(snapshot.replace(None));
-        let seen = reader.join().expect("the reader");
-        assert!(matches!(seen, None | Some(1 | 2)), "{seen:?}");
+        let other = {
+            let shared = Arc::clone(&shared);
+            thread::spawn(move || count(&shared))
+        };
+        count(&shared);
+        other.join().expect("the other reader");
+        // SAFETY: loom checks that no write is under way or unordered.
+        assert_eq!(shared.1.0.with(|value| unsafe { *value }), 2);
     });
 }
 

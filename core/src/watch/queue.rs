@@ -24,6 +24,7 @@ use super::signal::Signal;
 use super::snapshot::Snapshot;
 use super::sync::atomic::{AtomicUsize, Ordering};
 use super::sync::{Mutex, lock};
+use super::turn::Turn;
 
 /// Slots come in groups of this many: a page of 128-byte slots in the kernel, whatever the page size is here.
 const SLOT_GROUP: usize = 32;
@@ -250,8 +251,8 @@ impl WatchQueue {
     }
 
     fn read_at_most(&self, out: &mut [u8], records: usize) -> Result<usize, ReadError> {
-        let mut reader = lock(&self.inner.reader);
-        let read = self.inner.read(&mut reader, out, records);
+        let _turn = self.inner.turn.take();
+        let read = self.inner.read(out, records);
         if self.inner.bell().is_level() {
             self.inner.bell().arm(|| self.inner.readable());
         }
@@ -311,7 +312,7 @@ impl WatchQueue {
     ///
     /// For [`Wake::OnDemand`]: read until [`ReadError::Empty`], arm, and wait only if this answers false.
     pub fn arm(&self) -> bool {
-        let _reader = lock(&self.inner.reader);
+        let _turn = self.inner.turn.take();
         self.inner.bell().arm(|| self.inner.readable())
     }
 
@@ -352,7 +353,7 @@ impl AsFd for WatchQueue {
         let inner = &self.inner;
         // Nobody could poll before the first time that somebody asked for the descriptor, so until then it needn't be kept right.
         if inner.wake == Wake::Level && !inner.bell().is_level() {
-            let _reader = lock(&inner.reader);
+            let _turn = inner.turn.take();
             inner.bell().keep_level();
             inner.bell().arm(|| inner.readable());
         }
@@ -382,11 +383,6 @@ pub(super) enum Wakeup {
     Caller(Caller),
 }
 
-/// What only a reader touches.
-struct Reader {
-    high_water: u64,
-}
-
 /// The queue itself, which watch lists hold too.
 pub(super) struct QueueInner {
     ring: Ring,
@@ -398,7 +394,9 @@ pub(super) struct QueueInner {
     wake: Wake,
     pub(super) limit: WatchLimit,
     /// The reader's lock. Never taken by a post.
-    reader: Mutex<Reader>,
+    turn: Turn,
+    /// The most records that a reader has seen waiting. Written under the reader's lock.
+    high_water: AtomicU64,
     /// Removal records that found the ring full, each with the position before which it belongs. Room for one per watch is made when the watch
     /// is. Taken by removals and readers, never by a post.
     removals: Mutex<VecDeque<(u64, Record)>>,
@@ -422,7 +420,8 @@ impl QueueInner {
             strict: false,
             wake: Wake::Level,
             limit,
-            reader: Mutex::new(Reader { high_water: 0 }),
+            turn: Turn::new(),
+            high_water: AtomicU64::new(0),
             removals: Mutex::new(VecDeque::new()),
             removals_waiting: AtomicUsize::new(0),
             removals_total: AtomicU64::new(0),
@@ -457,7 +456,7 @@ impl QueueInner {
         }
     }
 
-    /// Wakes the reader if it wants to be woken. The caller has just published something with a `SeqCst` write.
+    /// Wakes the reader if it wants to be woken. The caller has just published something.
     #[inline]
     fn call(&self) {
         match &self.wakeup {
@@ -507,6 +506,7 @@ impl QueueInner {
                     self.call();
                 }
             }
+            Push::Covered => self.ring.count_lost(),
             Push::Defunct => {}
         }
     }
@@ -522,13 +522,13 @@ impl QueueInner {
         let position = match self.ring.push_removal(record, tag) {
             Push::Full(position) => position,
             Push::Stored => return self.call(),
-            Push::Defunct => return,
+            Push::Covered | Push::Defunct => return,
         };
         let mut removals = lock(&self.removals);
         removals.push_back((position, record.with_tag(tag)));
         self.removals_total.fetch_add(1, Ordering::Relaxed);
-        // SeqCst: the bell is looked at next.
-        self.removals_waiting.store(removals.len(), Ordering::SeqCst);
+        // Release: pairs with the Acquire in `removal_before`.
+        self.removals_waiting.store(removals.len(), Ordering::Release);
         drop(removals);
         self.call();
     }
@@ -540,7 +540,8 @@ impl QueueInner {
 
     /// Whether a removal record belongs before this position.
     fn removal_before(&self, position: u64) -> bool {
-        self.removals_waiting.load(Ordering::SeqCst) > 0
+        // Acquire: pairs with the Release in `announce_removal`.
+        self.removals_waiting.load(Ordering::Acquire) > 0
             && lock(&self.removals).front().is_some_and(|&(before, _)| before <= position)
     }
 
@@ -550,8 +551,13 @@ impl QueueInner {
         next.record || next.end || (next.lost && !self.strict) || self.removal_before(next.position)
     }
 
-    fn read(&self, reader: &mut Reader, out: &mut [u8], records: usize) -> Result<usize, ReadError> {
-        reader.high_water = reader.high_water.max(self.ring.usage().1);
+    /// The caller holds the reader's lock.
+    fn read(&self, out: &mut [u8], records: usize) -> Result<usize, ReadError> {
+        let pending = self.ring.usage().1;
+        // Relaxed: a count that only the lock's holder writes.
+        if pending > self.high_water.load(Ordering::Relaxed) {
+            self.high_water.store(pending, Ordering::Relaxed);
+        }
         let mut total = 0;
         for _ in 0..records {
             let left = &mut out[total..];
@@ -585,7 +591,7 @@ impl QueueInner {
         let (_, record) = removals.front().expect("only a reader takes removal records out");
         let len = copy(record, out)?;
         removals.pop_front();
-        self.removals_waiting.store(removals.len(), Ordering::SeqCst);
+        self.removals_waiting.store(removals.len(), Ordering::Release);
         Ok(len)
     }
 
@@ -610,7 +616,7 @@ impl QueueInner {
         let (stored, pending) = self.ring.usage();
         let waiting = self.removals_waiting.load(Ordering::Relaxed) as u64;
         let lost = self.ring.lost();
-        let high_water = lock(&self.reader).high_water.max(pending);
+        let high_water = self.high_water.load(Ordering::Relaxed).max(pending);
         Counters {
             posted: stored + self.removals_total.load(Ordering::Relaxed) + lost,
             filtered: self.filtered.load(Ordering::Relaxed),

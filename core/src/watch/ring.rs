@@ -95,6 +95,8 @@ pub(super) enum Push {
     Stored,
     /// The ring was full, or had no slots yet. The next free position is this.
     Full(u64),
+    /// The ring was full, and a mark that is there covers the record: whoever set it tells the reader.
+    Covered,
     /// The ring takes no more records.
     Defunct,
 }
@@ -253,12 +255,15 @@ impl Ring {
                 // Only a reader that lies about its position is ahead of all posts. Its ring counts as full.
             }
             let Some(slots) = slots.filter(|_| room == Room::Free) else {
-                if !mark || head & LOST != 0 {
-                    // The mark that is there already covers this record: the ring was full after `head` was read, so it wasn't reported before that.
+                if !mark {
                     return Push::Full(position);
                 }
-                // SeqCst: the bell is looked at next. If `head` has moved meanwhile, there may be room again.
-                match self.head().compare_exchange_weak(head, head | LOST, Ordering::SeqCst, Ordering::Acquire) {
+                if head & LOST != 0 {
+                    // The ring was full after `head` was read, so the mark wasn't reported before that.
+                    return Push::Covered;
+                }
+                // Relaxed: the reader takes nothing from it. If `head` has moved meanwhile, there may be room again.
+                match self.head().compare_exchange_weak(head, head | LOST, Ordering::Relaxed, Ordering::Acquire) {
                     Ok(_) => return Push::Full(position),
                     Err(now) => head = now,
                 }
@@ -271,9 +276,8 @@ impl Ring {
                     let slot = slots.at(position);
                     fill(slot, record, tag);
                     let commit = (position + 1) << 1 | if head & LOST != 0 { LOST_BEFORE } else { 0 };
-                    // Release half: the reader that sees the position sees the bytes. SeqCst: the bell is looked at next; a swap is a cheaper
-                    // full barrier than a store and a fence.
-                    slot.commit.swap(commit, Ordering::SeqCst);
+                    // Release: the reader that sees the position sees the bytes.
+                    slot.commit.store(commit, Ordering::Release);
                     return Push::Stored;
                 }
                 Err(now) => head = now,
@@ -302,8 +306,8 @@ impl Ring {
 
     /// Refuses every post from now on.
     pub(super) fn close(&self) {
-        // SeqCst: the bell is looked at next.
-        self.head().fetch_or(DEFUNCT, Ordering::SeqCst);
+        // Release: who sees the end sees what was before it.
+        self.head().fetch_or(DEFUNCT, Ordering::Release);
     }
 
     pub(super) fn is_defunct(&self) -> bool {
@@ -312,6 +316,7 @@ impl Ring {
     }
 
     /// Records stored so far, and records that are stored now.
+    #[inline]
     pub(super) fn usage(&self) -> (u64, u64) {
         // The tail first: it only grows, so the difference is never negative. Acquire keeps the two loads in this order.
         let tail = self.tail().load(Ordering::Acquire) >> 1;
@@ -320,6 +325,7 @@ impl Ring {
     }
 
     /// Looks at the reader's position. The caller holds the reader's lock, or only wants to know whether a read would find something.
+    #[inline]
     pub(super) fn next(&self) -> Next {
         // Acquire: a caller without the lock must not see a slot older than the position.
         let tail = self.tail().load(Ordering::Acquire);
@@ -329,12 +335,12 @@ impl Ring {
             let end = self.is_defunct();
             return Next { position, lost: false, record: false, end };
         };
-        // SeqCst: the reader's look after it has armed the bell. Its Acquire half makes the record's bytes visible.
-        let commit = slots.at(position).commit.load(Ordering::SeqCst);
+        // Acquire: the record's bytes.
+        let commit = slots.at(position).commit.load(Ordering::Acquire);
         if commit >> 1 == position + 1 {
             return Next { position, lost: commit & LOST_BEFORE != 0 && !reported, record: true, end: false };
         }
-        let head = self.head().load(Ordering::SeqCst);
+        let head = self.head().load(Ordering::Acquire);
         let last = head >> HEAD_SHIFT == position;
         Next { position, lost: last && head & LOST != 0 && !reported, record: false, end: last && head & DEFUNCT != 0 }
     }
@@ -342,6 +348,7 @@ impl Ring {
     /// Copies the record at the reader's position to the front of `out`. Answers its length, or nothing copied if `out` is too short.
     ///
     /// The caller holds the reader's lock and [`next`](Self::next) has said that there is a record.
+    #[inline]
     pub(super) fn copy(&self, position: u64, out: &mut [u8]) -> Result<usize, usize> {
         let slot = self.slots.get().expect("a ring that holds a record has slots").at(position);
         let mut header = [0; HEADER_LEN];
@@ -361,6 +368,7 @@ impl Ring {
     }
 
     /// Frees the slot of this position. The caller holds the reader's lock.
+    #[inline]
     pub(super) fn advance(&self, position: u64) {
         // Release: pairs with the Acquire in `room`; the bytes were copied out before the slot may be filled again.
         self.tail().store((position + 1) << 1, Ordering::Release);
@@ -377,8 +385,8 @@ impl Ring {
 fn fill(slot: &Slot, record: &Record, tag: u8) {
     // Relaxed: the write of `commit` publishes them.
     slot.words[0].store(u64::from_ne_bytes(record.tagged_header(tag)), Ordering::Relaxed);
-    let words = record.length().div_ceil(8);
-    for (word, bytes) in slot.words[..words].iter().zip(record.words()).skip(1) {
+    let end = record.length().div_ceil(8);
+    for (word, bytes) in slot.words[1..end].iter().zip(&record.words()[1..end]) {
         word.store(u64::from_ne_bytes(*bytes), Ordering::Relaxed);
     }
 }

@@ -1,20 +1,22 @@
 //! A value that posting reads while others replace it.
 //!
-//! Posting may neither wait, nor allocate, nor free. So it reads through a pointer, counted while it does, and never owns anything; whoever replaces
-//! the value keeps the old one until it has seen a moment without readers. The order that makes this right is the usual pair of "store mine, then
-//! look at yours": a reader counts itself, then loads the pointer; a writer swaps the pointer, then loads the count. Both being `SeqCst`, either
-//! the reader sees the new value or the writer sees the reader.
+//! Posting may neither wait, nor allocate, nor free. So it reads through a pointer, having said that it looks, and never owns anything; whoever
+//! replaces the value keeps the old one until it has seen a moment when nobody looks. The order that makes this right is the usual pair of "store
+//! mine, then look at yours": a reader says that it looks, then loads the pointer; a writer swaps the pointer, then looks who looks. With a barrier
+//! between the two steps on both sides, either the reader sees the new value or the writer sees the reader.
 
 use std::ptr;
 
+use super::barrier;
+use super::seat::{self, Looking};
 use super::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
-use super::sync::{Mutex, lock, store_load_barrier};
+use super::sync::{Mutex, lock};
 
 /// A replaceable value, or none.
 pub(super) struct Snapshot<T> {
     /// Null or from `Box::into_raw`. Written by whoever holds `replaced`.
     current: AtomicPtr<T>,
-    /// Threads inside [`read`](Self::read).
+    /// Threads inside [`read`](Self::read) that have no seat to say so.
     readers: AtomicUsize,
     /// Values that were current and that a reader may still look at. Also serialises the writers.
     /// Kept as pointers, as a `Box` would claim to be the only way to its value.
@@ -40,6 +42,8 @@ impl<T> Drop for Garbage<T> {
 
 impl<T: Send + Sync> Snapshot<T> {
     pub(super) fn empty() -> Self {
+        barrier::prepare();
+        seat::prepare();
         Self {
             current: AtomicPtr::new(ptr::null_mut()),
             readers: AtomicUsize::new(0),
@@ -54,10 +58,13 @@ impl<T: Send + Sync> Snapshot<T> {
         if self.current.load(Ordering::Relaxed).is_null() {
             return None;
         }
-        let _reading = Reading::enter(&self.readers);
-        let current = self.current.load(Ordering::SeqCst);
-        // SAFETY: the pointer is null or from `Box::into_raw`. A value that was current after this thread had counted itself is freed only after a
-        // load of `readers` that follows its replacement in the SeqCst order and answers 0, so not before `_reading` is dropped.
+        let what = ptr::from_ref(self).cast();
+        let _looking = Looking::at(what).ok_or_else(|| Counted::enter(&self.readers));
+        barrier::light();
+        // Acquire: pairs with the swap in `replace`; who sees the pointer sees the value.
+        let current = self.current.load(Ordering::Acquire);
+        // SAFETY: the pointer is null or from `Box::into_raw`. A value that was current after this thread had said that it looks, and passed the
+        // barrier, is freed only after a look around that follows its replacement and a barrier, and finds nobody: not before `_looking` is dropped.
         let value = unsafe { current.as_ref() };
         value.map(look)
     }
@@ -72,16 +79,22 @@ impl<T: Send + Sync> Snapshot<T> {
     pub(super) fn replace(&self, value: Option<Box<T>>) -> Garbage<T> {
         let new = value.map_or(ptr::null_mut(), Box::into_raw);
         let mut replaced = lock(&self.replaced);
-        let old = self.current.swap(new, Ordering::SeqCst);
+        // AcqRel: publishes the value, and takes over the old one from whoever published that.
+        let old = self.current.swap(new, Ordering::AcqRel);
         if !old.is_null() {
             replaced.push(Retired::new(old));
         }
-        store_load_barrier();
-        // SeqCst: the writer's half of the pair in the module's head. It also acquires the readers' Release decrements.
-        if self.readers.load(Ordering::SeqCst) == 0 {
-            Garbage(std::mem::take(&mut *replaced))
-        } else {
+        // Nothing to free: nobody needs to be asked.
+        if replaced.is_empty() {
+            return Garbage(Vec::new());
+        }
+        barrier::heavy();
+        // Acquire: pairs with the Release of the readers' last step.
+        let counted = self.readers.load(Ordering::Acquire) > 0;
+        if counted || seat::is_looked_at(ptr::from_ref(self).cast()) {
             Garbage(Vec::new())
+        } else {
+            Garbage(std::mem::take(&mut *replaced))
         }
     }
 }
@@ -98,19 +111,19 @@ impl<T> Drop for Snapshot<T> {
     }
 }
 
-/// One reader, counted until it is dropped (also by a panic).
-struct Reading<'a>(&'a AtomicUsize);
+/// One reader without a seat, counted until it is dropped (also by a panic).
+struct Counted<'a>(&'a AtomicUsize);
 
-impl<'a> Reading<'a> {
+impl<'a> Counted<'a> {
+    #[cold]
     fn enter(readers: &'a AtomicUsize) -> Self {
-        // SeqCst: the reader's half of the pair in the module's head.
-        readers.fetch_add(1, Ordering::SeqCst);
-        store_load_barrier();
+        // Relaxed: the barrier that follows orders it before the look.
+        readers.fetch_add(1, Ordering::Relaxed);
         Self(readers)
     }
 }
 
-impl Drop for Reading<'_> {
+impl Drop for Counted<'_> {
     fn drop(&mut self) {
         // Release: what was read is read before a writer sees the count fall.
         self.0.fetch_sub(1, Ordering::Release);

@@ -12,16 +12,6 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Stands between a `SeqCst` write and the `SeqCst` load that must not be ordered before it.
-///
-/// In the language's memory model, and in the code that compilers emit, the two `SeqCst` accesses are ordered already, and the fence (13 ns) is
-/// not needed. Loom models a `SeqCst` access as an acquire or release one, so there it needs the fence to see the same order.
-#[inline(always)]
-pub(super) fn store_load_barrier() {
-    #[cfg(loom)]
-    atomic::fence(atomic::Ordering::SeqCst);
-}
-
 /// Lets whoever is in the middle of a short step finish it.
 pub(super) fn pause(round: u32) {
     #[cfg(loom)]

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -286,8 +286,9 @@ impl Remote {
             break;
         }
         self.again.drain();
-        // SeqCst: we write the counter, then look for records; the program publishes a record, then looks at the counter.
-        self.shared.reader().armed.0.fetch_add(1, Ordering::SeqCst);
+        self.shared.reader().armed.0.fetch_add(1, Ordering::Relaxed);
+        // We write the counter, then look for records; the program publishes a record, then looks at the counter.
+        fence(Ordering::SeqCst);
         self.readable()
     }
 }

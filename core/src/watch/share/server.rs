@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -25,7 +25,6 @@ use super::super::queue::{QueueInner, Wakeup};
 use super::super::record::Record;
 use super::super::ring::Ring;
 use super::super::signal::Signal;
-use super::super::sync::store_load_barrier;
 use super::hello::{GREETING_LEN, Greeting, HelloError, Welcome};
 use super::memory::{Files, SharedRing};
 
@@ -199,12 +198,12 @@ pub(in super::super) struct Caller {
 }
 
 impl Caller {
-    /// Wakes the reader if it has asked since it was last woken. The caller has just published something with a `SeqCst` write.
+    /// Wakes the reader if it has asked since it was last woken. The caller has just published something.
     #[inline]
     pub(in super::super) fn call_if_armed(&self) {
-        store_load_barrier();
-        // SeqCst: the reader writes the counter, then looks for records; we published, then look at the counter.
-        let asked = self.ring.reader().armed.0.load(Ordering::SeqCst);
+        // We published, then look at the counter; the reader writes the counter, then looks for records. It is another process, so both sides pay.
+        fence(Ordering::SeqCst);
+        let asked = self.ring.reader().armed.0.load(Ordering::Relaxed);
         // Relaxed: a count that only decides who sends.
         if asked != self.served.load(Ordering::Relaxed) && self.served.swap(asked, Ordering::Relaxed) != asked {
             wake(&self.connection);

@@ -1,0 +1,72 @@
+//! The reader's turn: a lock that takes one atomic step to get and none to give back.
+//!
+//! There is nearly always one reader, and what a lock costs then is most of what a read costs. Giving back is a plain store, and then a look whether
+//! somebody waits; whoever wants to wait says so, passes the barrier for both, and looks at the lock again. So either it finds the lock free, or
+//! the holder finds it waiting.
+
+use pinfold_invalidate::sync::Futex;
+
+use super::barrier;
+use super::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+#[derive(Debug)]
+pub(super) struct Turn {
+    taken: AtomicBool,
+    /// Threads that sleep, or are about to.
+    waiting: AtomicU32,
+    /// Changes when the lock is given back while somebody waits.
+    freed: Futex,
+}
+
+/// It is this thread's turn, until this is dropped.
+#[must_use]
+pub(super) struct Taken<'a>(&'a Turn);
+
+impl Turn {
+    pub(super) fn new() -> Self {
+        barrier::prepare();
+        Self { taken: AtomicBool::new(false), waiting: AtomicU32::new(0), freed: Futex::new() }
+    }
+
+    /// Waits for its turn.
+    #[inline]
+    pub(super) fn take(&self) -> Taken<'_> {
+        if !self.try_take() {
+            self.wait();
+        }
+        Taken(self)
+    }
+
+    #[inline]
+    fn try_take(&self) -> bool {
+        // Acquire: pairs with the Release of the drop.
+        self.taken.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok()
+    }
+
+    #[cold]
+    fn wait(&self) {
+        // Relaxed: the barrier orders it before the look.
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        barrier::heavy();
+        loop {
+            let seen = self.freed.value();
+            if self.try_take() {
+                break;
+            }
+            self.freed.wait(seen, None);
+        }
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Taken<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        // Release: the next one sees what was done.
+        self.0.taken.store(false, Ordering::Release);
+        barrier::light();
+        if self.0.waiting.load(Ordering::Relaxed) > 0 {
+            self.0.freed.bump();
+        }
+    }
+}
