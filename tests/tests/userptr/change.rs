@@ -305,7 +305,7 @@ pub fn a_mapping_moved_onto_an_object_takes_its_place_idle_or_busy<R: Rig>(rig: 
 }
 
 /// `mremap` of a new private mapping onto a region's pages.
-fn move_onto(target: HostRange, byte: u8) -> io::Result<()> {
+pub fn move_onto(target: HostRange, byte: u8) -> io::Result<()> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     // SAFETY: without an address this replaces nothing.
     let from = unsafe { libc::mmap(without_provenance_mut(0), target.len(), 3, flags, -1, 0) };

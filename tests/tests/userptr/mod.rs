@@ -3,9 +3,11 @@
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test program uses its own part of this")]
 
 pub mod change;
+pub mod oracle;
 pub mod overlap;
 pub mod race;
 pub mod register;
+pub mod vulkan;
 
 use std::convert::Infallible;
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -1,0 +1,22 @@
+//! The same stress as on the other devices, on a real driver with the validation layer watching.
+
+mod userptr;
+
+use pinfold_tests::process::isolated_case;
+use pinfold_tests::vulkan::Gpu;
+use pinfold_tests::{PATIENCE, gpu};
+
+use userptr::oracle;
+use userptr::vulkan::Vulkan;
+
+#[test]
+fn no_driver_reads_what_a_mutation_that_has_returned_took_away() {
+    let time = oracle::time(500);
+    for backing in oracle::backings() {
+        let case = move || {
+            drop(gpu!());
+            oracle::life(|| Vulkan::new(Gpu::new().unwrap()), backing, time);
+        };
+        oracle::tell(&isolated_case(&format!("{backing:?}"), time + 2 * PATIENCE, case));
+    }
+}
