@@ -109,6 +109,7 @@ impl Work {
     }
 
     /// The item whose function the calling thread is in.
+    #[doc(alias = "current_work")]
     #[must_use]
     pub fn current() -> Option<Self> {
         worker::current().and_then(|current| current.item).map(|item| Self { item })

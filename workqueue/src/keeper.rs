@@ -41,9 +41,9 @@ struct Watch {
 /// The body of the keeper thread.
 pub(crate) fn run(shared: &Arc<Shared>) {
     shared.keeper.settle();
-    if shared.config.priority == Priority::High {
+    if shared.config.priority != Priority::Normal {
         // Its timers are as urgent as what they start.
-        sys::raise_priority();
+        let _ = sys::raise_priority(shared.config.priority);
     }
     let mut watch = Watch { finished: 0, next: None, pause: TICK };
     loop {

@@ -10,8 +10,8 @@ use crate::{list::List, slab::NIL};
 pub(crate) struct KeyRecord {
     key: u64,
     pub(crate) waiting: List,
-    /// Work of this chain that one worker has run without a pause.
-    pub(crate) streak: u8,
+    /// On the free list, and in no bucket.
+    free: bool,
     /// Next record of the same bucket, or of the free list.
     next: u32,
 }
@@ -47,7 +47,7 @@ impl Keys {
     /// Makes `key`, which is not busy, busy.
     pub(crate) fn insert(&mut self, key: u64) -> u32 {
         let bucket = self.bucket(key);
-        let record = KeyRecord { key, waiting: List::default(), streak: 0, next: self.buckets[bucket] };
+        let record = KeyRecord { key, waiting: List::default(), free: false, next: self.buckets[bucket] };
         let at = if let Some(at) = self.free {
             let next = self.records[at as usize].next;
             self.free = (next != NIL).then_some(next);
@@ -76,8 +76,7 @@ impl Keys {
             self.records[before as usize].next = next;
         }
         self.records[at as usize].next = self.free.unwrap_or(NIL);
-        // The free list must be told from a bucket's chain when the table is rebuilt.
-        self.records[at as usize].streak = FREE;
+        self.records[at as usize].free = true;
         self.free = Some(at);
     }
 
@@ -87,7 +86,7 @@ impl Keys {
         std::mem::swap(&mut self.records, records);
         std::mem::swap(&mut self.buckets, buckets);
         for at in 0..self.records.len() {
-            if self.records[at].streak != FREE {
+            if !self.records[at].free {
                 let bucket = self.bucket(self.records[at].key);
                 self.records[at].next = self.buckets[bucket];
                 self.buckets[bucket] = at as u32;
@@ -95,9 +94,6 @@ impl Keys {
         }
     }
 }
-
-/// The streak of a record that is on the free list; streaks of busy keys stay far below.
-const FREE: u8 = u8::MAX;
 
 impl std::ops::Index<u32> for Keys {
     type Output = KeyRecord;

@@ -6,21 +6,80 @@
 //! one item never runs twice at a time, queued again while it runs means one more run, and after a cancel that waits it
 //! does not run.
 //!
-//! ```
-//! use pinfold_workqueue::{Cancelled, Flags, Job, Queue};
-//! use std::time::Duration;
+//! # A pool
 //!
-//! let queue = Queue::new("example", Flags::UNBOUND, 0)?;
-//! // A job is called once: by a worker, or as cancelled.
-//! let handle = queue.submit(Job::new(|context| assert!(context.cancelled())).after(Duration::from_secs(3600)))?;
-//! assert_eq!(handle.cancel(), Cancelled::Ok);
-//! // An item can be queued again and again.
-//! let mut runs = 0;
-//! let work = queue.work(move |_| runs += 1);
-//! assert!(work.queue()?);
-//! assert!(work.flush().is_ok());
+//! A job is called once, by a worker or as cancelled; its result can be waited for.
+//!
+//! ```
+//! use pinfold_workqueue::{Job, Pool};
+//!
+//! let pool = Pool::builder("sums").bounded(4).build()?;
+//! let (job, sum) = Job::tracked(|_| Ok((1..=100).sum::<u32>()));
+//! pool.submit(job)?;
+//! assert_eq!(sum.wait()?, 5050);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+//!
+//! # Order by key
+//!
+//! Jobs of one key run one at a time, in the order they were queued, on whatever worker; other keys overtake them.
+//!
+//! ```
+//! # use pinfold_workqueue::{Job, Pool};
+//! # let pool = Pool::builder("keys").build()?;
+//! let (send, seen) = std::sync::mpsc::channel();
+//! for n in 0..10 {
+//!     let send = send.clone();
+//!     pool.submit(Job::new(move |_| send.send(n).expect("somebody listens")).key(7))?;
+//! }
+//! drop(send);
+//! assert!(seen.iter().eq(0..10));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Cancelling
+//!
+//! Pending work is taken back and called as cancelled, running work is told; the answer says which it was.
+//!
+//! ```
+//! # use pinfold_workqueue::{Cancelled, Ended, Job, Pool};
+//! # let pool = Pool::builder("cancel").build()?;
+//! let (send, started) = std::sync::mpsc::channel();
+//! let (job, done) = Job::tracked::<()>(move |context| {
+//!     let _ = send.send(());
+//!     loop {
+//!         context.check()?;
+//!         std::thread::yield_now();
+//!     }
+//! });
+//! let handle = pool.submit(job)?;
+//! started.recv()?;
+//! assert_eq!(handle.cancel(), Cancelled::Running);
+//! assert!(matches!(done.wait(), Err(Ended::Interrupted)));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Delayed and repeated work
+//!
+//! An item is made once and queued as often as wanted, at once or later; queueing it allocates nothing.
+//!
+//! ```
+//! # use pinfold_workqueue::{Flags, Queue};
+//! use std::time::Duration;
+//!
+//! let queue = Queue::new("flusher", Flags::ORDERED, 0)?;
+//! let mut runs = 0;
+//! let work = queue.work(move |_| runs += 1);
+//! assert!(work.queue_delayed(Duration::from_secs(3600))?);
+//! assert!(!work.queue()?, "its timer runs");
+//! assert!(work.modify_delayed(Duration::from_millis(1))?, "it was pending");
+//! work.flush()?;
+//! assert!(work.queue_delayed(Duration::from_secs(3600))?);
+//! assert!(work.cancel_sync()?, "it was taken back, and doesn't run until queued again");
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # What else there is
 //!
 //! | wanted | use |
 //! | --- | --- |
@@ -88,7 +147,7 @@ pub use job::{Account, Cancelled, Context, Interrupted, Job, JobHandle};
 pub use pool::{JobInfo, Pool, PoolBuilder};
 pub use queue::{Flags, Queue};
 pub use stats::Counters;
-pub use sys::Priority;
+pub use sys::{Obtained, Priority};
 pub use system::{system, system_highpri, system_long, system_unbound};
 pub use topology::Topology;
 

@@ -13,7 +13,7 @@ use crate::{
     shared::{Config, Shared},
     stats::Counters,
     sync::Ordering,
-    sys::{self, Priority},
+    sys::{self, Obtained, Priority},
     topology::Topology,
 };
 
@@ -72,7 +72,7 @@ impl PoolBuilder {
         self
     }
 
-    /// How urgent the workers are. What was obtained can be read by [`Pool::nice`]; no privilege is no error.
+    /// How urgent the workers are. What they got can be read by [`Pool::obtained`]; no privilege is no error.
     pub fn priority(mut self, priority: Priority) -> Self {
         self.config.priority = priority;
         self
@@ -187,7 +187,7 @@ impl Pool {
     /// 0 stands for 512.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for [`Flags::HIGHPRI`] on a pool that was not made with [`Priority::High`].
+    /// [`Error::Invalid`] for [`Flags::HIGHPRI`] on a pool that was made with [`Priority::Normal`].
     pub fn queue(&self, name: &str, flags: Flags, max_active: u32) -> Result<Queue, Error> {
         Queue::on(self.clone(), name, flags, max_active)
     }
@@ -239,10 +239,10 @@ impl Pool {
         sum
     }
 
-    /// The nice value that the workers of a [`Priority::High`] pool obtained. None for other pools.
+    /// The priority that the workers obtained, once the first runs. None for pools that asked for nothing special.
     #[must_use]
-    pub fn nice(&self) -> Option<i32> {
-        self.shared().nice.get().copied().flatten()
+    pub fn obtained(&self) -> Option<Obtained> {
+        self.shared().obtained.get().copied().flatten()
     }
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {

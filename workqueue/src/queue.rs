@@ -87,7 +87,7 @@ impl Queue {
     }
 
     pub(crate) fn on(pool: Pool, name: &str, flags: Flags, max_active: u32) -> Result<Self, Error> {
-        if flags.contains(Flags::HIGHPRI) && pool.shared().config.priority != Priority::High {
+        if flags.contains(Flags::HIGHPRI) && pool.shared().config.priority == Priority::Normal {
             return Err(Error::Invalid("a HIGHPRI queue needs a pool of high priority"));
         }
         let max_active = match max_active {

@@ -16,7 +16,7 @@ use crate::{
     list::List,
     state::{QueueState, State},
     sync::{self, Apart, AtomicBool, AtomicU32, AtomicU64, Condvar, JoinHandle, Mutex, MutexGuard, Ordering, Parker},
-    sys::{self, Priority},
+    sys::{self, Obtained, Priority},
     topology::Topology,
     worker,
 };
@@ -52,8 +52,8 @@ pub(crate) struct Shared {
     pub(crate) wanted: Box<[[AtomicU32; 2]]>,
     pub(crate) topology: Topology,
     pub(crate) config: Config,
-    /// The nice value that the first worker obtained; None before, or when it can't be read.
-    pub(crate) nice: OnceLock<Option<i32>>,
+    /// The priority that the first worker obtained; None if it can't be read.
+    pub(crate) obtained: OnceLock<Option<Obtained>>,
     /// Threads the system is to refuse, for tests of what happens then.
     pub(crate) refuse: AtomicU32,
 }
@@ -84,7 +84,7 @@ impl Shared {
             wanted: (0..topology.len()).map(|_| [AtomicU32::new(0), AtomicU32::new(0)]).collect(),
             topology,
             config,
-            nice: OnceLock::new(),
+            obtained: OnceLock::new(),
             refuse: AtomicU32::new(0),
         })
     }
@@ -248,9 +248,8 @@ impl Shared {
         if self.config.pin || self.topology.len() > 1 {
             sys::stay_on(self.topology.processors(node));
         }
-        if self.config.priority == Priority::High {
-            let nice = sys::raise_priority();
-            let _ = self.nice.set(nice);
+        if self.config.priority != Priority::Normal {
+            let _ = self.obtained.set(sys::raise_priority(self.config.priority));
         }
     }
 

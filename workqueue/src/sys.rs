@@ -6,6 +6,10 @@ use rustix::{
     process::{Resource, getpriority_process, getrlimit, setpriority_process},
     thread::{CpuSet, gettid, sched_setaffinity},
 };
+use thread_priority::{
+    RealtimeThreadSchedulePolicy::RoundRobin, ThreadPriority, ThreadSchedulePolicy::Realtime,
+    set_thread_priority_and_policy, thread_native_id,
+};
 
 /// How urgent a pool's workers are to the scheduler.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -15,6 +19,18 @@ pub enum Priority {
     Normal,
     /// The best nice value that the process may get.
     High,
+    /// Real time where it is permitted (`SCHED_RR` at its lowest priority, above every thread that is not real-time:
+    /// CAP_SYS_NICE or RLIMIT_RTPRIO), else as [`High`](Self::High). Threads that such work starts inherit it.
+    RealTime,
+}
+
+/// The priority that workers have got.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Obtained {
+    /// This nice value, from -20, the most urgent, to 19.
+    Nice(i32),
+    /// `SCHED_RR`.
+    RoundRobin,
 }
 
 /// The kernel's number of the calling thread.
@@ -22,15 +38,20 @@ pub(crate) fn thread_id() -> Option<i32> {
     Some(gettid().as_raw_nonzero().get())
 }
 
-/// Asks for the best nice value down to −20, and says what the calling thread has then.
-pub(crate) fn raise_priority() -> Option<i32> {
+/// Asks for the best that `wanted` stands for, and says what the calling thread has then; None if it can't be read.
+pub(crate) fn raise_priority(wanted: Priority) -> Option<Obtained> {
+    if wanted == Priority::RealTime
+        && set_thread_priority_and_policy(thread_native_id(), ThreadPriority::Min, Realtime(RoundRobin)).is_ok()
+    {
+        return Some(Obtained::RoundRobin);
+    }
     let me = Some(gettid());
     for nice in -20..0 {
         if setpriority_process(me, nice).is_ok() {
             break;
         }
     }
-    getpriority_process(me).ok()
+    getpriority_process(me).ok().map(Obtained::Nice)
 }
 
 /// Keeps the calling thread on `processors`; false if the system has none of them.

@@ -22,7 +22,10 @@ fn ring() -> Option<IoUring> {
         ring.submitter().register_iowq_max_workers(&mut [1, 1])?;
         Ok(ring)
     });
-    made.map_err(|error| eprintln!("skipped: no io_uring with worker limits here: {error}")).ok()
+    made.map_err(|error| {
+        eprintln!("SKIP {}: no io_uring with worker limits here: {error}", std::thread::current().name().unwrap_or("?"))
+    })
+    .ok()
 }
 
 fn push(ring: &mut IoUring, entry: squeue::Entry) {

@@ -15,7 +15,7 @@ use std::{
 };
 
 use loom::thread;
-use pinfold_workqueue::{Cancelled, Job, Pool, Topology, Work};
+use pinfold_workqueue::{Cancelled, Job, Pool, Topology, Work, blocking};
 
 /// Enough workers for work to meet itself on two of them.
 fn pool(workers: u32, processors: &[usize]) -> Pool {
@@ -84,6 +84,31 @@ fn no_wake_up_is_lost_with_two_workers_of_which_the_first_wakes_the_second() {
         }
         drop(pool);
         assert_eq!(runs.load(Ordering::Relaxed), 2);
+    });
+}
+
+/// No watchdog helps here: it needs a clock.
+#[test]
+fn what_waits_behind_declared_blocking_gets_a_worker_at_once() {
+    loom::model(|| {
+        let pool = pool(2, &[0]);
+        let gate = Arc::new((loom::sync::Mutex::new(false), loom::sync::Condvar::new()));
+        let waiting = Arc::clone(&gate);
+        let sleeper = Job::new(move |_| {
+            blocking(|| {
+                let mut open = waiting.0.lock().expect("whole");
+                while !*open {
+                    open = waiting.1.wait(open).expect("whole");
+                }
+            });
+        });
+        pool.submit(sleeper).expect("accepted");
+        let opener = Job::new(move |_| {
+            *gate.0.lock().expect("whole") = true;
+            gate.1.notify_all();
+        });
+        pool.submit(opener).expect("accepted");
+        drop(pool);
     });
 }
 

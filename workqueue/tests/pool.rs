@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use pinfold_workqueue::{Account, Cancelled, Flags, Job, Pool, Queue, Refused, Topology, blocking};
+use pinfold_workqueue::{Account, Cancelled, Flags, Job, Obtained, Pool, Priority, Queue, Refused, Topology, blocking};
 
 /// Far beyond anything that happens on a busy machine; only a hang gets there.
 const LONG: Duration = Duration::from_secs(30);
@@ -407,7 +407,9 @@ fn work_runs_on_a_processor_of_the_node_that_submits_it() {
         let mut only = CpuSet::new();
         only.set(processor);
         if sched_setaffinity(None, &only).is_err() {
-            eprintln!("skipped: this process may not use processor {processor}");
+            eprintln!(
+                "SKIPPED PART OF work_runs_on_a_processor_of_the_node_that_submits_it: processor {processor} may not be used"
+            );
             continue;
         }
         tried += 1;
@@ -511,8 +513,48 @@ fn a_high_priority_queue_has_named_workers_and_says_what_it_obtained() {
         }))
         .expect("accepted");
     assert_eq!(seen.recv_timeout(LONG).expect("it runs").as_deref(), Some("userptr-acquire"));
-    let nice = queue.pool().nice().expect("it can be read");
-    assert!((-20..=0).contains(&nice), "{nice}");
+    let obtained = queue.pool().obtained();
+    assert!(matches!(obtained, Some(Obtained::Nice(-20..=0))), "{obtained:?}");
+}
+
+#[test]
+fn real_time_is_had_where_it_is_permitted_and_is_never_an_error() {
+    use thread_priority::{RealtimeThreadSchedulePolicy::RoundRobin, ThreadSchedulePolicy::Realtime};
+    let pool = Pool::builder("test").priority(Priority::RealTime).build().expect("a pool");
+    let (job, policy) = Job::tracked(|_| Ok(thread_priority::thread_schedule_policy().expect("it can be read")));
+    pool.submit(job).expect("accepted");
+    let really = policy.wait().expect("it runs") == Realtime(RoundRobin);
+    match pool.obtained() {
+        Some(Obtained::RoundRobin) => assert!(really),
+        Some(Obtained::Nice(nice)) => assert!(!really && (-20..=0).contains(&nice), "{nice}"),
+        None => panic!("what it has can be read"),
+    }
+    assert!(pool.queue("urgent", Flags::HIGHPRI, 0).is_ok());
+    assert!(one_worker().queue("urgent", Flags::HIGHPRI, 0).is_err(), "a pool of normal priority");
+}
+
+#[test]
+fn pinned_workers_stay_on_the_processors_they_were_given() {
+    use rustix::thread::sched_getaffinity;
+    let allowed = sched_getaffinity(None).expect("it can be read");
+    let last = (0..1024).rev().find(|&processor| allowed.is_set(processor)).expect("this thread runs somewhere");
+    let pool = Pool::builder("test").topology(Topology::from_nodes([[last]])).pin().build().expect("a pool");
+    let (job, mask) = Job::tracked(|_| Ok(sched_getaffinity(None).expect("it can be read")));
+    pool.submit(job).expect("accepted");
+    let mask = mask.wait().expect("it runs");
+    assert!(mask.is_set(last) && mask.count() == 1, "{mask:?}");
+}
+
+#[test]
+fn the_dump_says_what_every_worker_does_and_what_waits() {
+    let pool = Pool::builder("test").bounded(1).build().expect("a pool");
+    let gate = occupy(&pool, |job| job.tag(77).key(5));
+    pool.submit(Job::new(|_| {})).expect("accepted");
+    let dump = format!("{pool:?}");
+    for part in ["1 of 1 workers", "1 running", "1 waiting", "worker 0", "tag: 77", "key: Some(5)", "queued: 2"] {
+        assert!(dump.contains(part), "no `{part}` in {dump}");
+    }
+    drop(gate);
 }
 
 #[test]
