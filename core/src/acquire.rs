@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use pinfold_invalidate::{Backing, Cause, Coverage, ManualReason, Mapping, Shards, WatchError, mappings};
+use pinfold_invalidate::{Backing, Cause, Coverage, ManualReason, Mapping, Shards, Target, WatchError, mappings};
 
 use crate::discard::are_gone;
 use crate::notes::What;
@@ -196,7 +196,8 @@ impl<D: Device> Object<D> {
         }
         let bytes = self.range.len() as u64;
         self.engine.reserve_budget(self.range)?;
-        let request = self.request(&after, true);
+        let request =
+            Request { coverage: Some(coverage), discarded: discarded.is_some(), ..self.request(&after, true) };
         let import = self.engine.device().import(&request, prepared).inspect_err(|_| self.engine.pins.sub(bytes))?;
         let pin = Pin::new(import, noted.generation, bytes, Arc::clone(&self.engine));
         let path = pin.path;
@@ -206,6 +207,7 @@ impl<D: Device> Object<D> {
             pin.release();
             return Ok(Attempt::Moved);
         }
+        self.imports.fetch_add(1, Ordering::Relaxed);
         self.discarded.take(noted.generation);
         self.engine.note(self, What::Acquired(path, noted.generation));
         if unproven {
@@ -251,7 +253,14 @@ impl<D: Device> Object<D> {
     }
 
     pub(crate) fn request<'a>(&'a self, mappings: &'a [Mapping], watched: bool) -> Request<'a> {
-        Request { range: self.range, access: self.access, mappings, watched, label: &self.label }
+        Request {
+            watched,
+            policy: self.policy(),
+            used: self.used(),
+            group: self.group(),
+            label: &self.label,
+            ..Request::new(self.range, self.access, mappings)
+        }
     }
 
     /// Makes the object valid with this pin, or hands the pin back. Under the object lock, and only if the acquisition is still *the* one of the

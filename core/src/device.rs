@@ -3,9 +3,10 @@
 //! The order of the calls for one acquisition is *prepare → (the range becomes watched) → import → … → release*. No lock of this crate is
 //! held across any of them, all run on worker threads or on the thread that calls `acquire`, and never on the monitor thread.
 
+use std::ops::Range;
 use std::time::Duration;
 
-use pinfold_invalidate::{HostRange, Mapping};
+use pinfold_invalidate::{Coverage, HostRange, Mapping};
 use thiserror::Error;
 
 use crate::Ticket;
@@ -34,8 +35,47 @@ impl Access {
     }
 }
 
+/// Which way an object's bytes are to reach the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[repr(u8)]
+pub enum Policy {
+    /// The device chooses, by what it has tried and measured and by how the object is used, and says why ([`Path`]).
+    #[default]
+    Auto = 0,
+    /// The program's own pages. What can't be imported can't be acquired.
+    Import = 1,
+    /// A copy.
+    Mirror = 2,
+}
+
+impl Policy {
+    pub(crate) fn from_number(number: u8) -> Self {
+        match number {
+            1 => Self::Import,
+            2 => Self::Mirror,
+            _ => Self::Auto,
+        }
+    }
+}
+
+/// How an object has been used so far, for devices on which taking pages costs more than copying them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Use {
+    /// How often its pages have been taken.
+    pub imports: u64,
+    /// How many leases it has been part of.
+    pub leases: u64,
+}
+
 /// A range that is about to be given to a device.
-#[derive(Debug)]
+///
+/// ```
+/// # use pinfold_core::{Access, HostRange, Request, page_size};
+/// let range = HostRange::new(page_size(), page_size())?;
+/// let request = Request { label: "mesh", ..Request::new(range, Access::Read, &[]) };
+/// # Ok::<(), pinfold_core::RangeError>(())
+/// ```
+#[derive(Debug, Clone, Copy)]
 pub struct Request<'a> {
     /// The range of the object.
     pub range: HostRange,
@@ -45,8 +85,45 @@ pub struct Request<'a> {
     pub mappings: &'a [Mapping],
     /// Some page of the range is watched by this process already. A second mapping (alias) of it must not be made then: it would inherit the watch.
     pub watched: bool,
+    /// How well the range is watched; `None` before the watch begins. Less than [`Coverage::Watched`] means that changes may go unnoticed.
+    pub coverage: Option<Coverage>,
+    /// Pages of the range were discarded since they were last taken: what was made of them before must not be used again.
+    pub discarded: bool,
+    /// Which way the program wants.
+    pub policy: Policy,
+    /// How the object has been used so far.
+    pub used: Use,
+    /// Objects whose [`Target::group`](pinfold_invalidate::Target::group) is this may be taken together; 0: none.
+    pub group: usize,
     /// The object's label, for debug names and messages; may be empty.
     pub label: &'a str,
+}
+
+impl<'a> Request<'a> {
+    /// A request with nothing but what every request has: nothing is watched or has been used, and the device chooses the way.
+    #[must_use]
+    pub fn new(range: HostRange, access: Access, mappings: &'a [Mapping]) -> Self {
+        Self {
+            range,
+            access,
+            mappings,
+            watched: false,
+            coverage: None,
+            discarded: false,
+            policy: Policy::Auto,
+            used: Use::default(),
+            group: 0,
+            label: "",
+        }
+    }
+
+    /// Makes the pages of `range` present, as those of the request's own range have been: for pages next to it that a device takes as well.
+    ///
+    /// # Errors
+    /// [`Error::Fault`](crate::Error::Fault) if they can't be.
+    pub fn populate(&self, range: HostRange, mappings: &[Mapping]) -> Result<(), crate::Error> {
+        crate::populate::populate(range, self.access, mappings)
+    }
 }
 
 /// What [`Device::prepare`] answers.
@@ -76,6 +153,15 @@ pub enum Path {
 pub enum MirrorReason {
     /// `PINFOLD_FORCE=mirror`, or the same in the configuration.
     Forced,
+    /// The object's [`Policy`].
+    Asked,
+    /// Taking the object's pages costs this device more than copying them, and the object changes hands too often to make up for it.
+    Cheaper {
+        /// Nanoseconds that taking pages of this size costs, as measured by the trial.
+        import_ns: u64,
+        /// Nanoseconds that copying them costs.
+        copy_ns: u64,
+    },
     /// The device has no way to import host memory.
     Unsupported,
     /// The trial import of this kind of mapping, or the import of this very range, was refused with this code of the device.
@@ -178,6 +264,40 @@ pub trait Device: Send + Sync + 'static {
     /// # Errors
     /// [`DeviceError::Fault`] if the program's pages vanished meanwhile.
     fn refresh(&self, import: &Self::Import, request: &Request<'_>) -> Result<(), DeviceError>;
+
+    /// Work is about to be submitted that writes these bytes of the range (counted from its start). Does nothing where the device writes to the
+    /// program's own pages. Followed by [`write_back`](Self::write_back) or [`forget_writes`](Self::forget_writes) with the same `written`.
+    fn expect_writes(&self, import: &Self::Import, written: &[Range<usize>]) {
+        let _ = (import, written);
+    }
+
+    /// The work is over: brings what it wrote into the program's memory, as far as `is_current` says of each part, immediately before it is
+    /// written, that it still is the memory the object stands for.
+    ///
+    /// Mutators wait meanwhile, so nothing is allocated or freed, and no driver is called.
+    ///
+    /// # Errors
+    /// [`DeviceError::Fault`] about the first part that could not be brought back.
+    fn write_back(
+        &self,
+        import: &Self::Import,
+        range: HostRange,
+        written: &[Range<usize>],
+        is_current: &dyn Fn(HostRange) -> bool,
+    ) -> Result<(), DeviceError> {
+        let _ = (import, range, written, is_current);
+        Ok(())
+    }
+
+    /// The work was not submitted, or is lost: what it was to write never comes.
+    fn forget_writes(&self, import: &Self::Import, written: &[Range<usize>]) {
+        let _ = (import, written);
+    }
+
+    /// An object over this range is gone. The place to give up what was kept for its next acquisition.
+    fn unregistered(&self, range: HostRange) {
+        let _ = range;
+    }
 
     /// Gives the pages back. Called once per import, when no lease and no unfinished work names it.
     fn release(&self, import: Self::Import);

@@ -126,6 +126,11 @@ impl<D: Device> Engine<D> {
         self.device.as_ref().expect("the device is there until the engine is dropped")
     }
 
+    /// The group of this manager's objects: a number that no other manager alive has.
+    pub(crate) fn group(&self) -> usize {
+        std::ptr::from_ref(self).addr()
+    }
+
     /// What every call asks first.
     pub(crate) fn check(&self) -> Result<(), Error> {
         if self.space.is_forked() {

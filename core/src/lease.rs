@@ -1,16 +1,16 @@
 //! What an engine holds: a lease of objects that were valid together, and work that uses them.
 
 use std::future::Future;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::pin::Pin as StdPin;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use pinfold_invalidate::sync::Futex;
-use pinfold_invalidate::{HostRange, in_bracket};
+use pinfold_invalidate::{Coverage, HostRange, in_bracket, still_watched};
 
 use crate::engine::Engine;
 use crate::error::SubmitError;
@@ -19,7 +19,7 @@ use crate::object::{Handle, Pin};
 use crate::protocol::{self, Refusal, Uses};
 use crate::state::Snapshot;
 use crate::ticket::Retire;
-use crate::{Device, Error, Generation, Outcome, Path, Ticket};
+use crate::{Access, Device, DeviceError, Error, Generation, Outcome, Path, Ticket};
 
 /// Objects that were all valid when it was taken. Keeps what it names alive; does not keep it valid: [`submit`](Self::submit) checks that.
 pub struct Lease<D: Device> {
@@ -30,6 +30,8 @@ pub struct Lease<D: Device> {
 struct Held<D: Device> {
     pin: Arc<Pin<D>>,
     noted: Snapshot,
+    /// Bytes of the object that the work will write.
+    written: Vec<Range<usize>>,
     handle: Arc<Handle<D>>,
 }
 
@@ -59,7 +61,7 @@ impl<D: Device> Lease<D> {
     }
 
     pub(crate) fn add(&mut self, handle: Arc<Handle<D>>, noted: Snapshot, pin: Arc<Pin<D>>) {
-        self.held.push(Held { pin, noted, handle });
+        self.held.push(Held { pin, noted, written: Vec::new(), handle });
     }
 
     /// How many objects it has.
@@ -98,6 +100,28 @@ impl<D: Device> Lease<D> {
         self.held[index].noted.generation != since
     }
 
+    /// Says that the work to be submitted writes these bytes of the object with this index, counted from the object's start. May be called
+    /// several times for several parts.
+    ///
+    /// Where the device works on a copy ([`Path::Mirror`]), only what is declared here comes back into the program's memory: when the work is
+    /// over, and before [`Pending`] says so. Where it works on the program's own pages, this changes nothing.
+    ///
+    /// # Panics
+    /// If there is no such object, or it was registered for reading only, or the bytes aren't inside it.
+    pub fn declare_written(&mut self, index: usize, bytes: Range<usize>) {
+        let held = &mut self.held[index];
+        let object = &held.handle.object;
+        assert!(object.access == Access::ReadWrite, "an object registered for reading is not written");
+        assert!(
+            bytes.start <= bytes.end && bytes.end <= object.range.len(),
+            "{bytes:?} is not inside {}",
+            object.range
+        );
+        if !bytes.is_empty() {
+            held.written.push(bytes);
+        }
+    }
+
     /// Puts the objects of `other` behind those of this lease, for one submit of several subsystems.
     pub fn merge(&mut self, other: Self) {
         self.held.extend(other.held);
@@ -120,7 +144,7 @@ impl<D: Device> Lease<D> {
     /// 3. Where the device writes, no Rust reference to the bytes exists until the returned [`Pending`] is over.
     pub unsafe fn submit<E>(
         self,
-        signals: impl IntoIterator<Item = D::Signal>,
+        signals: impl IntoIterator<Item: Into<D::Signal>>,
         submit: impl FnOnce() -> Result<(), E>,
     ) -> Result<Pending<D>, SubmitError<D, E>> {
         let Some(engine) = self.held.first().map(|held| Arc::clone(&held.handle.object.engine)) else {
@@ -147,14 +171,16 @@ impl<D: Device> Lease<D> {
                 return Err(SubmitError::Stale { index, range: object.range });
             }
         };
+        let writes = Writes::expect(&self.held);
         // Only now: no driver call inside the gates.
         let result = catch_unwind(AssertUnwindSafe(submit));
         if let Ok(Err(error)) = result {
+            writes.forget(&engine);
             uses.end(&*engine.space);
             count(&self.held, Submit::IsRefused);
             return Err(SubmitError::Rejected { error, lease: self });
         }
-        let pending = Flight::launch(underway, self.held, uses, signals);
+        let pending = Flight::launch(underway, self.held, uses, writes, signals);
         match result {
             Ok(_) => Ok(pending),
             Err(panic) => resume_unwind(panic),
@@ -215,6 +241,59 @@ impl<D: Device> std::fmt::Debug for Lease<D> {
     }
 }
 
+/// What the work of one submit writes to mirrors, to be brought back when it is over.
+struct Writes<D: Device>(Vec<Write<D>>);
+
+struct Write<D: Device> {
+    pin: Arc<Pin<D>>,
+    noted: Snapshot,
+    handle: Arc<Handle<D>>,
+    written: Vec<Range<usize>>,
+    /// A mapping that takes the place of this one is not watched, and can be told by that.
+    watched: bool,
+}
+
+impl<D: Device> Writes<D> {
+    fn expect(held: &[Held<D>]) -> Self {
+        let to_mirrors = |held: &&Held<D>| !held.written.is_empty() && matches!(held.pin.path, Path::Mirror(_));
+        let writes: Vec<_> = held.iter().filter(to_mirrors).map(Write::of).collect();
+        for write in &writes {
+            write.handle.object.engine.device().expect_writes(write.pin.import(), &write.written);
+        }
+        Self(writes)
+    }
+
+    fn forget(&self, engine: &Engine<D>) {
+        self.0.iter().for_each(|write| engine.device().forget_writes(write.pin.import(), &write.written));
+    }
+
+    /// While the uses still count, so that a mutator that waits for them can't go on before the results are where they belong.
+    fn bring_back(&self, engine: &Engine<D>) -> Result<(), DeviceError> {
+        let mut all = Ok(());
+        for write in &self.0 {
+            all = all.and(write.bring_back(engine)); // every one, and the first error
+        }
+        all
+    }
+}
+
+impl<D: Device> Write<D> {
+    fn of(held: &Held<D>) -> Self {
+        let (pin, handle, written) = (Arc::clone(&held.pin), Arc::clone(&held.handle), held.written.clone());
+        let watched = handle.object.slot().coverage == Some(Coverage::Watched);
+        Self { pin, noted: held.noted, handle, written, watched }
+    }
+
+    fn bring_back(&self, engine: &Engine<D>) -> Result<(), DeviceError> {
+        let object = &self.handle.object;
+        let is_current = |part: HostRange| {
+            object.word.read().generation == self.noted.generation
+                && !(self.watched && still_watched(part) == Some(false))
+        };
+        engine.device().write_back(self.pin.import(), object.range, &self.written, &is_current)
+    }
+}
+
 /// Work under way.
 pub(crate) struct Flight<D: Device> {
     uses: Uses,
@@ -224,6 +303,10 @@ pub(crate) struct Flight<D: Device> {
     /// A hold-off has given up on it.
     late: AtomicBool,
     over: Futex,
+    /// Taken by the last signal, and emptied by retirement. Nothing else happens under the lock.
+    writes: Mutex<Writes<D>>,
+    /// Why results are not in the program's memory.
+    fault: OnceLock<DeviceError>,
     rest: Mutex<Rest<D>>,
     engine: Arc<Engine<D>>,
 }
@@ -257,7 +340,8 @@ impl<D: Device> Flight<D> {
         underway: Underway<D>,
         held: Vec<Held<D>>,
         uses: Uses,
-        signals: impl IntoIterator<Item = D::Signal>,
+        writes: Writes<D>,
+        signals: impl IntoIterator<Item: Into<D::Signal>>,
     ) -> Pending<D> {
         let engine = Arc::clone(&underway.0);
         for held in &held {
@@ -271,17 +355,23 @@ impl<D: Device> Flight<D> {
             lost: AtomicBool::new(false),
             late: AtomicBool::new(false),
             over: Futex::new(),
+            writes: Mutex::new(writes),
+            fault: OnceLock::new(),
             rest: Mutex::new(rest),
             engine: Arc::clone(&engine),
         });
         for signal in signals {
             flight.left.fetch_add(1, Ordering::Relaxed);
-            engine.device().follow(signal, Ticket::new(Arc::clone(&flight) as Arc<dyn Retire>));
+            engine.device().follow(signal.into(), Ticket::new(Arc::clone(&flight) as Arc<dyn Retire>));
         }
         if flight.signal_one(Outcome::Done) {
             flight.finish();
         }
         Pending { flight: Some(flight) }
+    }
+
+    fn writes(&self) -> MutexGuard<'_, Writes<D>> {
+        self.writes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn outcome(&self) -> Option<Outcome> {
@@ -298,6 +388,13 @@ impl<D: Device> Retire for Flight<D> {
         if self.left.fetch_sub(1, Ordering::AcqRel) != 1 {
             return false;
         }
+        let writes = self.writes();
+        if self.lost.load(Ordering::Relaxed) {
+            writes.forget(&self.engine);
+        } else if let Err(fault) = writes.bring_back(&self.engine) {
+            let _ = self.fault.set(fault); // nobody else sets it
+        }
+        drop(writes);
         self.late.store(self.uses.end(&*self.engine.space), Ordering::Relaxed);
         true
     }
@@ -316,6 +413,7 @@ impl<D: Device> Retire for Flight<D> {
             }
         }
         count(&held, Submit::IsOver);
+        drop(std::mem::take(&mut self.writes().0));
         drop(held);
         drop(underway);
         self.over.bump();
@@ -333,6 +431,13 @@ impl<D: Device> Pending<D> {
     #[must_use]
     pub fn poll(&self) -> Option<Outcome> {
         self.flight.as_ref().map_or(Some(Outcome::Done), |flight| flight.outcome())
+    }
+
+    /// Why not all that was [declared](Lease::declare_written) is in the program's memory, although the work is over: the memory changed hands
+    /// meanwhile. `None` while the work runs, and if all is well.
+    #[must_use]
+    pub fn fault(&self) -> Option<&DeviceError> {
+        self.flight.as_ref()?.fault.get()
     }
 
     /// Waits until the work is over. `None`: not within `limit`.

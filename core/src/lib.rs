@@ -36,7 +36,7 @@ mod userptr;
 pub mod watch;
 
 pub use config::Config;
-pub use device::{Access, Device, DeviceError, MirrorReason, Outcome, Path, Preparation, Request};
+pub use device::{Access, Device, DeviceError, MirrorReason, Outcome, Path, Policy, Preparation, Request, Use};
 pub use error::{Error, SubmitError};
 #[cfg(not(loom))]
 pub use host_buffer::{HostBuffer, HostBufferError, HostBufferKind, HugePages};

@@ -1,6 +1,6 @@
 //! One registered range: its word, its slot, and what happens to it from outside.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 
@@ -11,7 +11,7 @@ use crate::discard::Discarded;
 use crate::engine::Engine;
 use crate::notes::What;
 use crate::state::{Snapshot, State, Step, Word};
-use crate::{Access, Device, Error, Generation, Path};
+use crate::{Access, Device, Error, Generation, Path, Policy, Use};
 
 /// A range with a state. Held by its handles (through [`Handle`]) and, until it is closed, by the address space's index.
 pub(crate) struct Object<D: Device> {
@@ -21,6 +21,11 @@ pub(crate) struct Object<D: Device> {
     pub(crate) label: Box<str>,
     /// The caller has promised to tell us of every mutation.
     pub(crate) unwatched: bool,
+    /// A [`Policy`]. Written by the handle.
+    pub(crate) policy: AtomicU8,
+    /// How often its pages were taken, and how many leases it has been part of: figures for the device's choice.
+    pub(crate) imports: AtomicU64,
+    pub(crate) leases: AtomicU64,
     pub(crate) word: Word,
     /// Submits under way. Written by submit and retirement; for reports only, the protocol counts by shard.
     pub(crate) inflight: AtomicU32,
@@ -79,6 +84,9 @@ impl<D: Device> Object<D> {
             access,
             label,
             unwatched: false,
+            policy: AtomicU8::new(Policy::Auto as u8),
+            imports: AtomicU64::new(0),
+            leases: AtomicU64::new(0),
             word: Word::default(),
             inflight: AtomicU32::new(0),
             ended_late: AtomicU64::new(0),
@@ -91,6 +99,14 @@ impl<D: Device> Object<D> {
 
     pub(crate) fn slot(&self) -> MutexGuard<'_, Slot<D>> {
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn policy(&self) -> Policy {
+        Policy::from_number(self.policy.load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn used(&self) -> Use {
+        Use { imports: self.imports.load(Ordering::Relaxed), leases: self.leases.load(Ordering::Relaxed) }
     }
 
     /// The pin of exactly this word, if it is valid and still there.
@@ -139,6 +155,7 @@ impl<D: Device> Object<D> {
         }
         self.engine.space.remove(self.range, self.id);
         self.engine.notes.remove_object(self.id);
+        self.engine.device().unregistered(self.range);
     }
 }
 
@@ -165,6 +182,10 @@ impl<D: Device> Target for Object<D> {
 
     fn shards(&self) -> Shards {
         self.word.read().shards
+    }
+
+    fn group(&self) -> usize {
+        if self.unwatched || self.policy() == Policy::Mirror { 0 } else { self.engine.group() }
     }
 }
 

@@ -86,6 +86,7 @@ impl<D: Device> Object<D> {
                 State::Valid => {
                     if let Some(pin) = self.pin_of(seen) {
                         self.refresh(&pin)?;
+                        self.leases.fetch_add(1, Ordering::Relaxed);
                         return Ok(Some((seen, pin)));
                     }
                     // No pin of that generation: the word has moved since we looked. So it goes round at most once for each change.

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use pinfold_invalidate::{Coverage, HostRange, in_bracket};
+use pinfold_invalidate::{Cause, Coverage, HostRange, in_bracket};
 
 use crate::object::Handle;
 use crate::state::{Generation, Snapshot, State};
-use crate::{Device, Error, Path, protocol};
+use crate::{Device, Error, Path, Policy, protocol};
 
 /// A registered range. Cheap to clone; dropping the last clone (and the last lease of it) ends the registration.
 pub struct Userptr<D: Device> {
@@ -71,6 +71,32 @@ impl<D: Device> Userptr<D> {
     #[must_use]
     pub fn path(&self) -> Option<Path> {
         self.handle.object.slot().pin.as_ref().map(|pin| pin.path)
+    }
+
+    /// Which way the bytes are to reach the device.
+    #[must_use]
+    pub fn policy(&self) -> Policy {
+        self.handle.object.policy()
+    }
+
+    /// Changes the way. An object that goes another way now is invalid from here on, and the next acquire takes the new one.
+    ///
+    /// # Errors
+    /// [`Error::Nested`] inside a bracket, [`Error::Forked`].
+    pub fn set_policy(&self, policy: Policy) -> Result<(), Error> {
+        let object = &self.handle.object;
+        object.policy.store(policy as u8, Ordering::Relaxed);
+        let other_way = match (policy, self.path()) {
+            // Its builder may have asked for the policy already.
+            (_, None) => object.word.read().state == State::Acquiring,
+            (Policy::Auto, Some(_)) => false,
+            (Policy::Import, Some(path)) => matches!(path, Path::Mirror(_)),
+            (Policy::Mirror, Some(path)) => !matches!(path, Path::Mirror(_)),
+        };
+        if other_way {
+            object.engine.space.invalidate(object.range, Cause::Manual)?;
+        }
+        Ok(())
     }
 
     /// Submits under way that use the object.

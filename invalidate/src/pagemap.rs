@@ -97,6 +97,19 @@ pub(crate) fn scan(start: u64, end: u64, want: Wanted, out: &mut [PageRegion]) -
     Ok((usize::try_from(found).unwrap_or(0), arg.walk_end))
 }
 
+/// Whether every mapping in the range is registered with a userfaultfd, as those are that a [`Space`](crate::Space) watches; one that has taken
+/// the place of a watched one is not. `None`: this can't be told, as with [`any_present`].
+#[must_use]
+pub fn still_watched(range: HostRange) -> Option<bool> {
+    let want = Wanted { flags: CHECK_WPASYNC, max_pages: 0, ..Wanted::default() };
+    match scan(range.start() as u64, range.end() as u64, want, &mut []) {
+        Ok(_) => Some(true),
+        // Opening may be refused with the same number, so it is tried with something that is always allowed.
+        Err(err) if err.raw_os_error() == Some(libc::EPERM) => any_present(range).ok().flatten().map(|_| false),
+        Err(_) => None,
+    }
+}
+
 /// Whether any page of the range is there, in memory or swapped out. `None`: this can't be told, by an older kernel or to a
 /// process that may not open its own `/proc/self/pagemap` (one that changed its user and isn't dumpable since).
 ///

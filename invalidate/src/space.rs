@@ -136,6 +136,11 @@ pub trait Target: Send + Sync + 'static {
 
     /// The shards in which this target's uses are counted.
     fn shards(&self) -> Shards;
+
+    /// Targets of one group lie over memory that may be taken together; 0 is no group.
+    fn group(&self) -> usize {
+        0
+    }
 }
 
 /// The tracking can't be had.

@@ -256,7 +256,7 @@ fn whatever_would_wait_for_the_bracket_it_is_called_in_says_so() {
             assert!(matches!(object.state(), Err(Error::Nested)));
             assert!(matches!(object.generation(), Err(Error::Nested)));
             // SAFETY: nothing is submitted.
-            let submitted = unsafe { lease.submit([], || Ok::<_, Error>(())) };
+            let submitted = unsafe { lease.submit(None::<Fence>, || Ok::<_, Error>(())) };
             assert!(matches!(submitted, Err(SubmitError::Gone(Error::Nested))));
             // What waits for nothing works: registering, and unmapping what the bracket names.
             let registered = register(&manager, other.range());

@@ -92,7 +92,7 @@ fn every_call_says_forked(
     check("watch", matches!(manager.watch(WatchConfig::default()), Err(Error::Forked)));
     check("cancel", !object.cancel());
     // SAFETY: nothing is submitted.
-    let submitted = unsafe { lease.submit([], || Ok::<_, Error>(())) };
+    let submitted = unsafe { lease.submit(None::<Fence>, || Ok::<_, Error>(())) };
     check("submit", matches!(submitted, Err(SubmitError::Gone(Error::Forked))));
     // SAFETY: no reference points into a region.
     let registered = unsafe { manager.register(scene.region.range(), Access::Read) };

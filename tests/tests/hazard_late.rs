@@ -179,7 +179,7 @@ fn a_manager_that_is_dropped_with_late_work_waits_for_it() {
             // A submit is refused as soon as the drop has begun, and until then by its closure.
             loop {
                 // SAFETY: nothing is submitted.
-                match unsafe { probe.submit([], || Err(Error::Cancelled)) } {
+                match unsafe { probe.submit(None::<Fence>, || Err(Error::Cancelled)) } {
                     Err(SubmitError::Rejected { lease, .. } | SubmitError::Again(lease)) => probe = lease,
                     Err(SubmitError::Gone(Error::Closed)) => break,
                     other => panic!("{other:?}"),

@@ -94,7 +94,7 @@ fn a_submit_that_earlier_work_waits_for_is_let_in_after_the_deadline() {
             };
             loop {
                 // SAFETY: as above.
-                match unsafe { lease.submit([], signal) } {
+                match unsafe { lease.submit(None::<Fence>, signal) } {
                     Ok(_) => break,
                     Err(pinfold_core::SubmitError::Again(back)) => lease = back,
                     Err(other) => panic!("{other:?}"),

@@ -4,10 +4,13 @@
 //! law of this file: between the moment a semaphore reaches its value and the ticket's `retire`, nothing is allocated, nothing is freed,
 //! and no lock is taken under which others allocate or free.
 //!
-//! Each semaphore that has work pending has a *line*: a thread, and the tickets in the order of their values. The thread waits for the lowest
-//! value of its own semaphore only, because a wait for any of several semaphores is a busy loop in one driver family. It waits in slices,
-//! so that a lower value which arrives later, the end of the manager, and a device lost elsewhere are noticed. A line that has had nothing
-//! to do for a while ends, because engines make and destroy semaphores; a semaphore is touched only while a ticket for it is pending.
+//! Each semaphore or fence that has work pending has a *line*: a thread, and the tickets in the order of their values. The thread waits for the
+//! lowest value of its own semaphore only, because a wait for any of several is a busy loop in one driver family. It waits in slices, so that
+//! a lower value which arrives later, the end of the manager, and a device lost elsewhere are noticed. A line that has had nothing to do for a
+//! while ends, because engines make and destroy semaphores; one is touched only while a ticket for it is pending.
+//!
+//! A fence has no values, and the engine resets it and uses it again as soon as it hears that the work is over. So its tickets are numbered as
+//! they come, and a signalled fence retires those that were there before the wait for it began; who comes later waits for the fence anew.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -41,6 +44,35 @@ pub struct Timeline {
     pub value: u64,
 }
 
+/// When a submit is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Signal {
+    /// When a timeline semaphore reaches a value.
+    Timeline(Timeline),
+    /// When this fence of the manager's device is signalled: for engines without timeline semaphores. It is unsignalled when it is handed to
+    /// the submit, and is neither reset nor destroyed until the [`Pending`](crate::Pending) of every submit that names it is over.
+    Fence(vk::Fence),
+}
+
+impl From<Timeline> for Signal {
+    fn from(timeline: Timeline) -> Self {
+        Self::Timeline(timeline)
+    }
+}
+
+impl From<vk::Fence> for Signal {
+    fn from(fence: vk::Fence) -> Self {
+        Self::Fence(fence)
+    }
+}
+
+/// What a line waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum On {
+    Semaphore(vk::Semaphore),
+    Fence(vk::Fence),
+}
+
 /// What is told when a value is reached: a [`Ticket`], or what a test puts in its place.
 pub(crate) trait Retire: Send + 'static {
     fn signal(&self, outcome: Outcome);
@@ -63,13 +95,13 @@ pub(crate) struct Completion<T: Retire = Ticket>(Arc<Lines<T>>);
 struct Lines<T> {
     gpu: Arc<Gpu>,
     /// Taken by those who submit and by lines that end, never by a line that has a ticket to retire.
-    by_semaphore: Mutex<BySemaphore<T>>,
+    by_signal: Mutex<BySignal<T>>,
 }
 
-type BySemaphore<T> = HashMap<vk::Semaphore, (Arc<Line<T>>, JoinHandle<()>)>;
+type BySignal<T> = HashMap<On, (Arc<Line<T>>, JoinHandle<()>)>;
 
 struct Line<T> {
-    semaphore: vk::Semaphore,
+    on: On,
     /// A leaf, under which nothing is allocated or freed.
     queue: Mutex<Queue<T>>,
     /// Rings when a ticket comes to an empty queue and when the line is to stop.
@@ -78,6 +110,8 @@ struct Line<T> {
 
 struct Queue<T> {
     pending: BinaryHeap<Reverse<Waiting<T>>>,
+    /// The number of the last ticket, for fences.
+    last: u64,
     /// No thread serves this line any more; nothing may be queued.
     closed: bool,
     /// The thread is to end.
@@ -112,18 +146,22 @@ impl<T> Ord for Waiting<T> {
 
 impl<T: Retire> Completion<T> {
     pub(crate) fn new(gpu: &Arc<Gpu>) -> Self {
-        Self(Arc::new(Lines { gpu: Arc::clone(gpu), by_semaphore: Mutex::new(HashMap::new()) }))
+        Self(Arc::new(Lines { gpu: Arc::clone(gpu), by_signal: Mutex::new(HashMap::new()) }))
     }
 
     /// Retires `ticket` when `signal` is reached, or the device lost.
-    pub(crate) fn follow(&self, signal: Timeline, ticket: T) {
+    pub(crate) fn follow(&self, signal: Signal, ticket: T) {
         if self.0.gpu.is_lost() {
             return ticket.retire(Outcome::Lost);
         }
-        let mut waiting = Waiting { value: signal.value, ticket };
+        let (on, value) = match signal {
+            Signal::Timeline(timeline) => (On::Semaphore(timeline.semaphore), timeline.value),
+            Signal::Fence(fence) => (On::Fence(fence), 0), // numbered when it is queued
+        };
+        let mut waiting = Waiting { value, ticket };
         loop {
-            let Some(line) = self.0.line(signal.semaphore) else {
-                return self.wait_here(signal.semaphore, waiting);
+            let Some(line) = self.0.line(on) else {
+                return self.wait_here(on, waiting);
             };
             match line.push(waiting) {
                 Ok(()) => return,
@@ -133,8 +171,8 @@ impl<T: Retire> Completion<T> {
     }
 
     /// The way out when the system refuses another thread: late is better than never.
-    fn wait_here(&self, semaphore: vk::Semaphore, waiting: Waiting<T>) {
-        let line = Line::new(semaphore);
+    fn wait_here(&self, on: On, waiting: Waiting<T>) {
+        let line = Line::new(on);
         let queued = line.push(waiting);
         debug_assert!(queued.is_ok(), "a new line is open");
         while line.serve_once(&self.0.gpu) {}
@@ -144,7 +182,7 @@ impl<T: Retire> Completion<T> {
 impl<T: Retire> Completion<T> {
     /// Ends every line, waits for that, and so retires every ticket: as done if its value is reached, else as lost.
     pub(crate) fn finish(&self) {
-        let lines = mem::take(&mut *self.0.by_semaphore());
+        let lines = mem::take(&mut *self.0.by_signal());
         for (line, _) in lines.values() {
             line.queue().stop = true;
             line.bell.notify_one();
@@ -165,40 +203,40 @@ impl<T: Retire> Drop for Completion<T> {
 }
 
 impl<T: Retire> Lines<T> {
-    /// The line of `semaphore`, a new one if there is none; `None` if the system refuses a thread.
-    fn line(self: &Arc<Self>, semaphore: vk::Semaphore) -> Option<Arc<Line<T>>> {
-        let mut lines = self.by_semaphore();
-        if let Some((line, _)) = lines.get(&semaphore)
+    /// The line of a semaphore or fence, a new one if there is none; `None` if the system refuses a thread.
+    fn line(self: &Arc<Self>, on: On) -> Option<Arc<Line<T>>> {
+        let mut lines = self.by_signal();
+        if let Some((line, _)) = lines.get(&on)
             && !line.queue().closed
         {
             return Some(Arc::clone(line));
         }
-        let line = Arc::new(Line::new(semaphore));
+        let line = Arc::new(Line::new(on));
         let (mine, owner) = (Arc::clone(&line), Arc::clone(self));
         let thread = thread::Builder::new().name("pinfold-done".to_owned()).spawn(move || mine.run(&owner)).ok()?;
         // A closed line that is replaced here ends on its own; dropping its handle detaches it.
-        lines.insert(semaphore, (Arc::clone(&line), thread));
+        lines.insert(on, (Arc::clone(&line), thread));
         Some(line)
     }
 
     /// Removes a line that has closed, unless it has been replaced.
     fn forget(&self, line: &Arc<Line<T>>) {
-        let mut lines = self.by_semaphore();
-        if lines.get(&line.semaphore).is_some_and(|(current, _)| Arc::ptr_eq(current, line)) {
-            lines.remove(&line.semaphore);
+        let mut lines = self.by_signal();
+        if lines.get(&line.on).is_some_and(|(current, _)| Arc::ptr_eq(current, line)) {
+            lines.remove(&line.on);
         }
     }
 
-    fn by_semaphore(&self) -> MutexGuard<'_, BySemaphore<T>> {
+    fn by_signal(&self) -> MutexGuard<'_, BySignal<T>> {
         // A panic under the lock can only be a failed allocation of the map, which leaves the map as it was.
-        self.by_semaphore.lock().unwrap_or_else(PoisonError::into_inner)
+        self.by_signal.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl<T: Retire> Line<T> {
-    fn new(semaphore: vk::Semaphore) -> Self {
-        let queue = Queue { pending: BinaryHeap::with_capacity(ROOM), closed: false, stop: false };
-        Self { semaphore, queue: Mutex::new(queue), bell: Condvar::new() }
+    fn new(on: On) -> Self {
+        let queue = Queue { pending: BinaryHeap::with_capacity(ROOM), last: 0, closed: false, stop: false };
+        Self { on, queue: Mutex::new(queue), bell: Condvar::new() }
     }
 
     fn queue(&self) -> MutexGuard<'_, Queue<T>> {
@@ -206,7 +244,7 @@ impl<T: Retire> Line<T> {
     }
 
     /// Adds a ticket, or gives it back if the line has closed. Room is made outside the lock.
-    fn push(&self, waiting: Waiting<T>) -> Result<(), Waiting<T>> {
+    fn push(&self, mut waiting: Waiting<T>) -> Result<(), Waiting<T>> {
         let mut room = BinaryHeap::new();
         loop {
             let mut queue = self.queue();
@@ -222,6 +260,10 @@ impl<T: Retire> Line<T> {
                 }
                 room.extend(queue.pending.drain());
                 mem::swap(&mut room, &mut queue.pending);
+            }
+            if matches!(self.on, On::Fence(_)) {
+                queue.last += 1;
+                waiting.value = queue.last;
             }
             queue.pending.push(Reverse(waiting));
             drop(queue); // before `room`, which is freed at the end
@@ -256,20 +298,23 @@ impl<T: Retire> Line<T> {
     fn serve_once(&self, gpu: &Gpu) -> bool {
         let queue = self.queue();
         let Some(Reverse(first)) = queue.pending.peek() else { return false };
-        let (value, limit) = (first.value, if queue.stop { Duration::ZERO } else { SLICE });
+        let value = if matches!(self.on, On::Fence(_)) { queue.last } else { first.value };
+        let limit = if queue.stop { Duration::ZERO } else { SLICE };
         drop(queue);
         if gpu.is_lost() {
             self.retire(u64::MAX, Outcome::Lost);
             return true;
         }
-        // SAFETY: a ticket for this semaphore is pending, and until it is retired the engine keeps the semaphore alive (the contract of
+        // SAFETY: a ticket for this semaphore or fence is pending, and until it is retired the engine keeps it alive (the contract of
         // `VulkanDevice::new`).
-        match unsafe { gpu.wait(self.semaphore, value, limit) } {
+        match unsafe { gpu.wait(self.on, value, limit) } {
             Ok(true) => self.retire(self.reached(gpu, value), Outcome::Done),
             // The end: what isn't reached now never will be.
             Ok(false) if limit.is_zero() => self.retire(u64::MAX, Outcome::Lost),
             Ok(false) => {}
-            Err(vk::Result::ERROR_DEVICE_LOST) => self.retire(u64::MAX, Outcome::Lost),
+            Err(vk::Result::ERROR_DEVICE_LOST | vk::Result::ERROR_FEATURE_NOT_PRESENT) => {
+                self.retire(u64::MAX, Outcome::Lost);
+            }
             Err(_) => thread::sleep(PAUSE),
         }
         true
@@ -277,11 +322,14 @@ impl<T: Retire> Line<T> {
 
     /// The highest value with a ticket that is reached, where `value` is.
     fn reached(&self, gpu: &Gpu, mut value: u64) -> u64 {
+        if matches!(self.on, On::Fence(_)) {
+            return value;
+        }
         loop {
             let next =
                 self.queue().pending.iter().map(|Reverse(waiting)| waiting.value).filter(|&next| next > value).min();
             // SAFETY: as in `serve_once`.
-            match next.filter(|&next| unsafe { gpu.wait(self.semaphore, next, Duration::ZERO) } == Ok(true)) {
+            match next.filter(|&next| unsafe { gpu.wait(self.on, next, Duration::ZERO) } == Ok(true)) {
                 Some(next) => value = next,
                 None => return value,
             }

@@ -8,17 +8,17 @@ use std::thread;
 use std::time::Duration;
 
 use ash::vk;
-use pinfold_core::{Access, Device, DeviceError, MirrorReason, Path, Preparation, Request, Ticket};
+use pinfold_core::{Access, Device, DeviceError, MirrorReason, Path, Policy, Preparation, Request, Ticket};
 use pinfold_invalidate::page_size;
 
 use crate::admission::admit;
 use crate::alias::{Alias, AliasCache, NoAlias};
-use crate::completion::{Completion, Timeline};
+use crate::completion::{Completion, Signal};
 use crate::gpu::Gpu;
 use crate::import::{Import, NotImported, Store, import, imported, usage};
 use crate::mirror::{MirrorHeap, mirror, refresh};
-use crate::path::{MappingKind, Plan, Rules, decide};
-use crate::probe::{Trial, TrialResult, Trials};
+use crate::path::{MappingKind, Plan, Rules, decide, is_mirror_cheaper};
+use crate::probe::{Costs, Trial, TrialResult, Trials};
 use crate::{Capabilities, Config, DeviceContext, Force, SetupError, Support};
 
 /// One Vulkan device that host memory can be given to.
@@ -71,7 +71,8 @@ impl VulkanDevice {
     /// # Safety
     /// 1. `context` is what its fields say: the handles belong together, and exactly the extensions listed (or more) were enabled.
     /// 2. The handles stay alive until this value and every [`Import`] it made are dropped.
-    /// 3. The semaphore of a [`Timeline`] is a timeline semaphore of this device, and stays alive until its submit is retired.
+    /// 3. A [`Signal`] is what it says: the semaphore of a timeline is a timeline semaphore of this device, and stays alive until its submit is
+    ///    retired; a fence is one of this device, unsignalled at the submit, and neither reset nor destroyed until then.
     /// 4. From the first call of [`Device::wait_idle`] (a manager's teardown calls it) until one has answered `Ok` or `Lost`, no thread uses a
     ///    queue of this device, and the device is not destroyed.
     pub unsafe fn new(context: DeviceContext, config: &Config) -> Result<Self, SetupError> {
@@ -103,13 +104,33 @@ impl VulkanDevice {
     /// What the device answers to an import of this kind of memory; tried now if it hasn't been.
     #[must_use]
     pub fn trial(&self, kind: MappingKind) -> TrialResult {
-        self.trials.of(&self.gpu, kind)
+        self.trials.of(&self.gpu, kind).result
     }
 
     /// The whole trial table. Tries what hasn't been tried.
     #[must_use]
     pub fn trials(&self) -> Vec<Trial> {
-        MappingKind::ALL.into_iter().map(|kind| Trial { kind, result: self.trial(kind) }).collect()
+        MappingKind::ALL.into_iter().map(|kind| self.trials.of(&self.gpu, kind)).collect()
+    }
+
+    /// What importing and copying cost on this device; measured now, in some milliseconds, if they haven't been. `None` if it can't import.
+    #[must_use]
+    pub fn costs(&self) -> Option<Costs> {
+        self.trials.costs(&self.gpu)
+    }
+
+    /// The path that memory of this kind takes: what forcing, the trial and the table of wishes ([`MappingKind::wish`]) come to. Single ranges
+    /// may still be mirrored, for reasons of their own.
+    #[must_use]
+    pub fn path_of(&self, kind: MappingKind) -> Path {
+        match (self.rules.force, self.trial(kind).refusal()) {
+            (Some(Force::Mirror), _) => Path::Mirror(MirrorReason::Forced),
+            _ if !self.rules.imports => Path::Mirror(MirrorReason::Unsupported),
+            (None, Some(code)) => Path::Mirror(MirrorReason::Refused(code.as_raw())),
+            (Some(Force::Import), _) => Path::Import,
+            _ if kind.wish() == Path::AliasImport && !self.rules.aliases => Path::Import,
+            _ => kind.wish(),
+        }
     }
 
     /// The path that is forced, by the environment or the configuration.
@@ -124,7 +145,8 @@ impl VulkanDevice {
             MirrorReason::Refused(raw) => vk::Result::from_raw(raw),
             _ => vk::Result::ERROR_EXTENSION_NOT_PRESENT,
         };
-        if matches!(self.rules.force, Some(Force::Import | Force::Alias)) {
+        let forced = matches!(self.rules.force, Some(Force::Import | Force::Alias));
+        if forced || (request.policy == Policy::Import && self.rules.force.is_none()) {
             return Err(self.gpu.failed(call, request.range, code));
         }
         if request.access == Access::ReadWrite {
@@ -133,6 +155,18 @@ impl VulkanDevice {
             return Err(DeviceError::Fault { range: request.range, why, errno: libc::EOPNOTSUPP });
         }
         Ok(Chosen::Mirror(reason))
+    }
+
+    /// Why a range that could be imported had better not be.
+    fn cheaper(&self, request: &Request<'_>) -> Option<MirrorReason> {
+        let free = self.rules.force.is_none() && request.policy == Policy::Auto && request.access == Access::Read;
+        // Without imports there is nothing to measure, and nothing to choose.
+        if !free || request.used.imports == 0 || !self.rules.imports {
+            return None;
+        }
+        let (costs, bytes) = (self.costs()?, request.range.len() as u64);
+        let (import_ns, copy_ns) = (costs.import_ns(bytes), costs.copy_ns(bytes));
+        is_mirror_cheaper(request.used, import_ns, copy_ns).then_some(MirrorReason::Cheaper { import_ns, copy_ns })
     }
 
     /// Waits for the device on a thread of its own, because the command has no time limit. The thread is left behind if the time is over; the
@@ -167,12 +201,15 @@ impl VulkanDevice {
 impl Device for VulkanDevice {
     type Prepared = Prepared;
     type Import = Import;
-    type Signal = Timeline;
+    type Signal = Signal;
 
     fn prepare(&self, request: &Request<'_>) -> Result<Preparation<Prepared>, DeviceError> {
         self.gpu.check_alive()?;
         admit(request.mappings, request.access)?;
-        let run = match decide(&self.rules, request.mappings, |kind| self.trial(kind)) {
+        if let Some(reason) = self.cheaper(request) {
+            return Ok(Preparation::Ready(Prepared(Chosen::Mirror(reason))));
+        }
+        let run = match decide(&self.rules, request.policy, request.mappings, |kind| self.trial(kind)) {
             Plan::Mirror(reason) => {
                 let chosen = self.mirrored(request, reason, "vkAllocateMemory (trial import)")?;
                 return Ok(Preparation::Ready(Prepared(chosen)));
@@ -234,7 +271,7 @@ impl Device for VulkanDevice {
         import.path()
     }
 
-    fn follow(&self, signal: Timeline, ticket: Ticket) {
+    fn follow(&self, signal: Signal, ticket: Ticket) {
         self.completion.follow(signal, ticket);
     }
 

@@ -10,6 +10,7 @@ use pinfold_core::DeviceError;
 use pinfold_invalidate::HostRange;
 
 use crate::budget::{Allocations, Share};
+use crate::completion::On;
 use crate::{Capabilities, DeviceContext, SetupError};
 
 /// Commands and facts of one device.
@@ -23,7 +24,8 @@ pub(crate) struct Gpu {
     pub(crate) memory: vk::PhysicalDeviceMemoryProperties,
     pub(crate) allocations: Allocations,
     pub(crate) host_memory: Option<ext::external_memory_host::Device>,
-    wait_semaphores: vk::PFN_vkWaitSemaphores,
+    /// `None`: the device was made without timeline semaphores, and its work ends with fences.
+    wait_semaphores: Option<vk::PFN_vkWaitSemaphores>,
     names: Option<ext::debug_utils::Device>,
     /// Set once, by whoever sees `VK_ERROR_DEVICE_LOST` first; never cleared. It orders nothing: Relaxed on both sides.
     lost: AtomicBool,
@@ -46,12 +48,14 @@ impl Gpu {
         let khr = enabled(khr::timeline_semaphore::NAME);
         let wait = if khr { c"vkWaitSemaphoresKHR" } else { c"vkWaitSemaphores" };
         // SAFETY: live handles (contract).
-        unsafe { present(&context, wait, "Vulkan 1.2 or VK_KHR_timeline_semaphore") }?;
-        let wait_semaphores = if khr {
-            khr::timeline_semaphore::Device::new(instance, device).fp().wait_semaphores_khr
-        } else {
-            device.fp_v1_2().wait_semaphores
-        };
+        let timelines = unsafe { present(&context, wait, "Vulkan 1.2 or VK_KHR_timeline_semaphore") }.is_ok();
+        let wait_semaphores = timelines.then(|| {
+            if khr {
+                khr::timeline_semaphore::Device::new(instance, device).fp().wait_semaphores_khr
+            } else {
+                device.fp_v1_2().wait_semaphores
+            }
+        });
         let host_memory = if enabled(ext::external_memory_host::NAME) {
             // SAFETY: live handles (contract).
             unsafe { present(&context, c"vkGetMemoryHostPointerPropertiesEXT", "VK_EXT_external_memory_host") }?;
@@ -110,21 +114,27 @@ impl Gpu {
         DeviceError::Failed { call, range, code: format!("{code:?}"), raw: code.as_raw() }
     }
 
-    /// Whether `semaphore` reached `value` within `limit`.
+    /// Whether a semaphore reached `value`, or a fence was signalled, within `limit`.
     ///
     /// # Safety
-    /// `semaphore` is a live timeline semaphore of this device until the call is over.
-    pub(crate) unsafe fn wait(
-        &self,
-        semaphore: vk::Semaphore,
-        value: u64,
-        limit: Duration,
-    ) -> Result<bool, vk::Result> {
-        let (semaphores, values) = ([semaphore], [value]);
-        let info = vk::SemaphoreWaitInfo::default().semaphores(&semaphores).values(&values);
+    /// `on` is a live timeline semaphore or fence of this device until the call is over.
+    pub(crate) unsafe fn wait(&self, on: On, value: u64, limit: Duration) -> Result<bool, vk::Result> {
         let limit = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
-        // SAFETY: the device is live, the semaphore too (contract), and `info` points to two live arrays of one element each.
-        match unsafe { (self.wait_semaphores)(self.device().handle(), &raw const info, limit) } {
+        let answer = match on {
+            On::Semaphore(semaphore) => {
+                let Some(wait) = self.wait_semaphores else { return Err(vk::Result::ERROR_FEATURE_NOT_PRESENT) };
+                let (semaphores, values) = ([semaphore], [value]);
+                let info = vk::SemaphoreWaitInfo::default().semaphores(&semaphores).values(&values);
+                // SAFETY: the device is live, the semaphore too (contract), and `info` points to two live arrays of one element each.
+                unsafe { wait(self.device().handle(), &raw const info, limit) }
+            }
+            // SAFETY: the device is live, and the fence too (contract).
+            On::Fence(fence) => match unsafe { self.device().wait_for_fences(&[fence], true, limit) } {
+                Ok(()) => vk::Result::SUCCESS,
+                Err(code) => code,
+            },
+        };
+        match answer {
             vk::Result::SUCCESS => Ok(true),
             vk::Result::TIMEOUT => Ok(false),
             code => Err(self.saw(code)),

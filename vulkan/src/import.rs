@@ -357,7 +357,7 @@ mod tests {
             file: None,
             offset: 0,
         }];
-        let request = |access| Request { range: inner, access, mappings: &mappings, watched: false, label: "" };
+        let request = |access| Request::new(inner, access, &mappings);
         assert_eq!(room(&request(Access::Read)), (whole.start(), whole.end()));
         assert_eq!(room(&request(Access::ReadWrite)), (inner.start(), inner.end()));
     }

@@ -78,7 +78,7 @@ mod probe;
 mod requirements;
 
 pub use caps::{Capabilities, Support};
-pub use completion::Timeline;
+pub use completion::{Signal, Timeline};
 pub use config::{Config, DeviceContext, Force};
 pub use device::{Prepared, VulkanDevice};
 pub use error::SetupError;
@@ -88,9 +88,9 @@ pub use path::{MappingKind, Source};
 pub use pinfold_core::watch;
 pub use pinfold_core::{
     Access, Coverage, DeviceError, Error, Generation, HostRange, ManualReason, Mapping, MirrorReason, NoHoldReason,
-    Outcome, Path, RangeError, State, Stats, in_bracket, on_event_path, page_size,
+    Outcome, Path, Policy, RangeError, State, Stats, in_bracket, on_event_path, page_size,
 };
-pub use probe::{Trial, TrialResult};
+pub use probe::{Costs, Trial, TrialResult};
 pub use requirements::{Features, Requirements, requirements};
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]

@@ -31,8 +31,8 @@ impl Manager {
     /// # Safety
     /// 1. `context` is what its fields say: the handles belong together, and the extensions listed were enabled.
     /// 2. The handles stay alive until the last clone of the manager and the last lease are gone.
-    /// 3. The semaphore of every [`Timeline`](crate::Timeline) given to a submit is a timeline semaphore of this device. It stays alive until
-    ///    that submit's [`Pending`] is over, or the manager gone.
+    /// 3. The semaphore of every [`Timeline`](crate::Timeline) given to a submit is a timeline semaphore of this device, and a fence is one of this
+    ///    device, unsignalled then. It stays alive (and a fence is not reset) until that submit's [`Pending`] is over, or the manager gone.
     /// 4. When the last clone is dropped while submits are still under way after [`Config::close_limit`], the manager waits for the whole device
     ///    (`vkDeviceWaitIdle`): from then on no thread uses a queue of the device until the drop has returned. If the device is still busy even
     ///    then, it is not destroyed.

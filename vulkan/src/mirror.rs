@@ -214,7 +214,7 @@ unsafe fn copy_split(to: NonNull<u8>, from: usize, len: usize) -> Result<(), Err
 ///
 /// # Safety
 /// `to` has room for `len` bytes, which no Rust reference covers.
-unsafe fn copy(to: NonNull<u8>, from: usize, len: usize) -> Result<(), Errno> {
+pub(crate) unsafe fn copy(to: NonNull<u8>, from: usize, len: usize) -> Result<(), Errno> {
     // SAFETY: the contract is the same.
     match unsafe { copy_by(read_self, to, from, len) } {
         // A sandbox without this call; the file needs none.

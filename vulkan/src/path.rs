@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use pinfold_core::MirrorReason;
+use pinfold_core::{MirrorReason, Path, Policy, Use};
 use pinfold_invalidate::{Backing, FileId, Mapping, Protection};
 
 use crate::{Force, TrialResult};
@@ -50,8 +50,8 @@ const WAYS: [(Source, Way); 5] = [
 ];
 
 impl MappingKind {
-    /// Every kind, in the order of [`index`](Self::index).
-    pub(crate) const ALL: [Self; 10] = {
+    /// Every kind there is.
+    pub const ALL: [Self; 10] = {
         let mut all = [Self { source: Source::Anonymous, writable: false }; 10];
         let mut at = 0;
         while at < all.len() {
@@ -77,6 +77,15 @@ impl MappingKind {
     /// The place of this kind in [`ALL`](Self::ALL).
     pub(crate) fn index(self) -> usize {
         self.source as usize * 2 + usize::from(self.writable)
+    }
+
+    /// The path that this kind of memory takes where the device lets it.
+    #[must_use]
+    pub fn wish(self) -> Path {
+        match self.way() {
+            Way::Import => Path::Import,
+            Way::Alias => Path::AliasImport,
+        }
     }
 
     fn way(self) -> Way {
@@ -143,13 +152,29 @@ pub(crate) struct Rules {
     pub(crate) aliases: bool,
 }
 
+/// Whether copying an object is the better deal: what taking its pages cost so far, and what mirrors would have. A refresh counts as a quarter of
+/// a copy, as it copies what has changed. Asked only once there is something to judge by: an object that is taken once and used for ever is
+/// best imported at any cost.
+pub(crate) fn is_mirror_cheaper(used: Use, import_ns: u64, copy_ns: u64) -> bool {
+    const ENOUGH: u64 = 4;
+    let imports = (u128::from(used.imports) * u128::from(import_ns)).saturating_mul(4);
+    let copies = (u128::from(used.imports) * 4 + u128::from(used.leases)).saturating_mul(copy_ns.into());
+    used.imports >= ENOUGH && imports > copies
+}
+
 /// The way of a range that consists of `mappings`.
 ///
 /// A range that isn't one run of one file (shared and private memory mixed, two files side by side) is imported as the program mapped it:
 /// an alias of a part would protect that part only.
-pub(crate) fn decide(rules: &Rules, mappings: &[Mapping], trial: impl Fn(MappingKind) -> TrialResult) -> Plan {
+pub(crate) fn decide(
+    rules: &Rules,
+    policy: Policy,
+    mappings: &[Mapping],
+    trial: impl Fn(MappingKind) -> TrialResult,
+) -> Plan {
     match rules.force {
         Some(Force::Mirror) => return Plan::Mirror(MirrorReason::Forced),
+        None if policy == Policy::Mirror => return Plan::Mirror(MirrorReason::Asked),
         _ if !rules.imports => return Plan::Mirror(MirrorReason::Unsupported),
         Some(Force::Import) => return Plan::Import,
         Some(Force::Alias) => {}
@@ -192,7 +217,7 @@ mod tests {
     }
 
     fn plan(rules: &Rules, mappings: &[Mapping]) -> Plan {
-        decide(rules, mappings, |_| TrialResult::Imported)
+        decide(rules, Policy::Auto, mappings, |_| TrialResult::Imported)
     }
 
     #[test]
@@ -238,8 +263,28 @@ mod tests {
             _ => TrialResult::Imported,
         };
         let refused = Plan::Mirror(MirrorReason::Refused(vk::Result::ERROR_UNKNOWN.as_raw()));
-        assert_eq!(decide(&RULES, &mappings, refuse_files), refused);
-        assert_eq!(decide(&RULES, &mappings[..1], refuse_files), Plan::Import);
+        assert_eq!(decide(&RULES, Policy::Auto, &mappings, refuse_files), refused);
+        assert_eq!(decide(&RULES, Policy::Auto, &mappings[..1], refuse_files), Plan::Import);
+    }
+
+    #[test]
+    fn a_policy_wins_over_trials_and_force_over_both() {
+        let mappings = [mapping(1, Source::Anonymous, true, 0, 0)];
+        let trial = |_| TrialResult::Imported;
+        assert_eq!(decide(&RULES, Policy::Mirror, &mappings, trial), Plan::Mirror(MirrorReason::Asked));
+        let forced = Rules { force: Some(Force::Import), ..RULES };
+        assert_eq!(decide(&forced, Policy::Mirror, &mappings, trial), Plan::Import);
+    }
+
+    #[test]
+    fn a_mirror_is_cheaper_only_where_imports_are_dear_and_short_lived() {
+        let used = |imports, leases| Use { imports, leases };
+        assert!(!is_mirror_cheaper(used(3, 3), 1000, 1), "nothing to judge by yet");
+        assert!(is_mirror_cheaper(used(4, 4), 1000, 100));
+        assert!(!is_mirror_cheaper(used(4, 4), 100, 100), "an import that costs what a copy costs");
+        assert!(is_mirror_cheaper(used(10, 300), 1000, 100));
+        assert!(!is_mirror_cheaper(used(10, 400), 1000, 100), "one that lives long enough");
+        assert!(is_mirror_cheaper(used(u64::MAX, 1), u64::MAX, 1), "no overflow");
     }
 
     #[test]
@@ -247,12 +292,14 @@ mod tests {
         let shared = [mapping(1, Source::SharedMemfd, true, 7, 0)];
         let private = [mapping(1, Source::PrivateFile, false, 7, 0)];
         let refuse = |_| TrialResult::Refused(vk::Result::ERROR_UNKNOWN);
-        let forced = |force, mappings: &[Mapping]| decide(&Rules { force: Some(force), ..RULES }, mappings, refuse);
+        let forced = |force, mappings: &[Mapping]| {
+            decide(&Rules { force: Some(force), ..RULES }, Policy::Mirror, mappings, refuse)
+        };
         assert_eq!(forced(Force::Mirror, &shared), Plan::Mirror(MirrorReason::Forced));
         assert_eq!(forced(Force::Import, &shared), Plan::Import);
         assert!(matches!(forced(Force::Alias, &shared), Plan::Alias(_)));
         assert_eq!(forced(Force::Alias, &private), Plan::Import);
         let none = Rules { force: Some(Force::Import), imports: false, aliases: false };
-        assert_eq!(decide(&none, &shared, refuse), Plan::Mirror(MirrorReason::Unsupported));
+        assert_eq!(decide(&none, Policy::Auto, &shared, refuse), Plan::Mirror(MirrorReason::Unsupported));
     }
 }

@@ -13,6 +13,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::ptr::NonNull;
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use ash::vk;
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -23,6 +24,7 @@ use pinfold_invalidate::{HostRange, mappings, page_size};
 
 use crate::gpu::Gpu;
 use crate::import::{NotImported, import, usage};
+use crate::mirror;
 use crate::path::{MappingKind, Source};
 
 /// What a device answered to a trial import.
@@ -62,31 +64,110 @@ pub struct Trial {
     pub kind: MappingKind,
     /// What the device answered.
     pub result: TrialResult,
+    /// How long it took to import a page (or [`import_alignment`](crate::Capabilities::import_alignment) bytes, if that is more), the best of
+    /// three; `None` if it wasn't imported.
+    pub import: Option<Duration>,
+}
+
+/// What it costs to import memory into a device, and to copy it instead: measured once, with private anonymous memory, the best of three.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Costs {
+    /// One import of a page or of [`import_alignment`](crate::Capabilities::import_alignment) bytes, with its buffer.
+    pub small_import: Duration,
+    /// One import of [`Costs::LARGE`] bytes.
+    pub large_import: Duration,
+    /// A copy of [`Costs::LARGE`] bytes, as mirrors are filled.
+    pub large_copy: Duration,
+}
+
+impl Costs {
+    /// The size that import and copy are compared at: 8 MiB.
+    pub const LARGE: usize = 8 << 20;
+
+    /// What importing `bytes` takes, in nanoseconds: a fixed part, and one that grows with the size.
+    #[must_use]
+    pub fn import_ns(&self, bytes: u64) -> u64 {
+        let growth = scale(self.large_import.saturating_sub(self.small_import), bytes);
+        growth.saturating_add(u64::try_from(self.small_import.as_nanos()).unwrap_or(u64::MAX))
+    }
+
+    /// What copying `bytes` takes, in nanoseconds.
+    #[must_use]
+    pub fn copy_ns(&self, bytes: u64) -> u64 {
+        scale(self.large_copy, bytes)
+    }
+}
+
+/// What `bytes` take if [`Costs::LARGE`] take `large`.
+fn scale(large: Duration, bytes: u64) -> u64 {
+    let ns = large.as_nanos() * u128::from(bytes) / Costs::LARGE as u128;
+    u64::try_from(ns).unwrap_or(u64::MAX)
 }
 
 /// The answers of one device so far.
 #[derive(Default)]
-pub(crate) struct Trials([OnceLock<TrialResult>; MappingKind::ALL.len()]);
+pub(crate) struct Trials {
+    kinds: [OnceLock<Trial>; MappingKind::ALL.len()],
+    costs: OnceLock<Costs>,
+}
 
 impl Trials {
     /// The answer for `kind`, from the device if it isn't known yet.
-    pub(crate) fn of(&self, gpu: &Arc<Gpu>, kind: MappingKind) -> TrialResult {
+    pub(crate) fn of(&self, gpu: &Arc<Gpu>, kind: MappingKind) -> Trial {
         if gpu.host_memory.is_none() {
-            return TrialResult::Refused(vk::Result::ERROR_EXTENSION_NOT_PRESENT);
+            let result = TrialResult::Refused(vk::Result::ERROR_EXTENSION_NOT_PRESENT);
+            return Trial { kind, result, import: None };
         }
-        if let Some(&known) = self.0[kind.index()].get() {
+        if let Some(&known) = self.kinds[kind.index()].get() {
             return known;
         }
         match attempt(gpu, kind) {
-            Ok(answer) => *self.0[kind.index()].get_or_init(|| answer),
+            Ok(answer) => *self.kinds[kind.index()].get_or_init(|| answer),
             // Not an answer about this kind of memory, so it isn't kept.
-            Err(passing) => passing,
+            Err(passing) => Trial { kind, result: passing, import: None },
+        }
+    }
+
+    /// What importing and copying cost; measured now if they haven't been. `None` if this device can't import.
+    pub(crate) fn costs(&self, gpu: &Arc<Gpu>) -> Option<Costs> {
+        match self.costs.get() {
+            Some(&known) => Some(known),
+            None => measure(gpu).map(|costs| *self.costs.get_or_init(|| costs)),
         }
     }
 }
 
+/// Imports and copies a sample, so that the two can be compared.
+fn measure(gpu: &Arc<Gpu>) -> Option<Costs> {
+    let kind = MappingKind { source: Source::Anonymous, writable: true };
+    let len = usize::try_from(gpu.caps.chunk_size).map_or(Costs::LARGE, |chunk| chunk.min(Costs::LARGE));
+    let (sample, copy) = (Sample::new(kind, Costs::LARGE).ok()?, Sample::new(kind, Costs::LARGE).ok()?);
+    let small = page_size().max(usize::try_from(gpu.caps.import_alignment).ok()?);
+    let timed = |len| {
+        let range = HostRange::new(sample.tried.start(), len).ok()?;
+        let there = mappings(range).ok()?;
+        let usage = usage(gpu, there.iter().map(|mapping| mapping.protection));
+        best_of_three(|| import(gpu, &Request::new(range, Access::ReadWrite, &there), range, usage).ok().map(drop))
+    };
+    let large_copy = best_of_three(|| {
+        let to = NonNull::new(std::ptr::with_exposed_provenance_mut(copy.tried.start()))?;
+        // SAFETY: both samples are mapped, have that size, and nobody else knows them.
+        unsafe { mirror::copy(to, sample.tried.start(), Costs::LARGE) }.ok()
+    })?;
+    let large_import = timed(len)?.mul_f64(Costs::LARGE as f64 / len as f64);
+    Some(Costs { small_import: timed(small)?, large_import, large_copy })
+}
+
+fn best_of_three(mut work: impl FnMut() -> Option<()>) -> Option<Duration> {
+    (0..3).try_fold(Duration::MAX, |best, _| {
+        let begun = Instant::now();
+        work()?;
+        Some(best.min(begun.elapsed()))
+    })
+}
+
 /// One trial. `Err` is an answer that may be another one next time.
-fn attempt(gpu: &Arc<Gpu>, kind: MappingKind) -> Result<TrialResult, TrialResult> {
+fn attempt(gpu: &Arc<Gpu>, kind: MappingKind) -> Result<Trial, TrialResult> {
     let alignment = usize::try_from(gpu.caps.import_alignment).expect("alignments are at most 64 KiB");
     let len = page_size().max(alignment);
     let sample = Sample::new(kind, len).map_err(TrialResult::NotTried)?;
@@ -94,13 +175,18 @@ fn attempt(gpu: &Arc<Gpu>, kind: MappingKind) -> Result<TrialResult, TrialResult
         return Err(TrialResult::NotTried("the list of mappings can't be read"));
     };
     if there.iter().any(|mapping| MappingKind::of(mapping) != kind) {
-        return Ok(TrialResult::NotTried("the system has no such memory to try with"));
+        let result = TrialResult::NotTried("the system has no such memory to try with");
+        return Ok(Trial { kind, result, import: None });
     }
     let access = if kind.writable { Access::ReadWrite } else { Access::Read };
-    let request = Request { range: sample.tried, access, mappings: &there, watched: false, label: "trial import" };
-    match import(gpu, &request, request.range, usage(gpu, there.iter().map(|mapping| mapping.protection))) {
-        Ok(_) => Ok(TrialResult::Imported),
-        Err(NotImported::Refused { code, .. }) => Ok(TrialResult::Refused(code)),
+    let request = Request { label: "trial import", ..Request::new(sample.tried, access, &there) };
+    let attempt = || import(gpu, &request, request.range, usage(gpu, there.iter().map(|mapping| mapping.protection)));
+    match attempt() {
+        Ok(_) => {
+            let import = best_of_three(|| attempt().ok().map(drop));
+            Ok(Trial { kind, result: TrialResult::Imported, import })
+        }
+        Err(NotImported::Refused { code, .. }) => Ok(Trial { kind, result: TrialResult::Refused(code), import: None }),
         Err(NotImported::Stop(_)) => Err(TrialResult::NotTried("the budget is used up, or the device is lost")),
     }
 }

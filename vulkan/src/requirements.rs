@@ -1,7 +1,7 @@
 //! What a device must be made with, asked before it is made.
 //!
-//! One feature is indispensable: timeline semaphores, the only fence that the CPU can wait for by value. Everything else is taken where
-//! it is present and done without where it isn't; no import, for example, means mirrors.
+//! Nothing is indispensable but Vulkan 1.1. What else is present is taken, and what isn't is done without: no import, for example, means
+//! mirrors, and no timeline semaphores mean that submits end with fences.
 //!
 //! An extension that a later core version absorbed is asked for wherever the device still lists it. It costs nothing, and its commands
 //! are then there even if the instance was made for an older version than the device has.
@@ -17,6 +17,7 @@ use crate::SetupError;
 pub struct Requirements {
     extensions: Vec<&'static CStr>,
     device: String,
+    timeline: bool,
     address_extension: Option<&'static CStr>,
     address_supported: bool,
     address: bool,
@@ -34,7 +35,7 @@ pub struct Requirements {
 /// ```
 ///
 /// # Errors
-/// [`SetupError::ForeignPhysicalDevice`]; [`SetupError::Unsupported`] if it has no timeline semaphores; [`SetupError::Vulkan`] if a query fails.
+/// [`SetupError::ForeignPhysicalDevice`]; [`SetupError::Vulkan`] if a query fails.
 pub fn requirements(instance: &ash::Instance, physical: vk::PhysicalDevice) -> Result<Requirements, SetupError> {
     // SAFETY: an `ash::Instance` stands for a live instance until the owner destroys it, which is the owner's unsafe call.
     let siblings = unsafe { instance.enumerate_physical_devices() };
@@ -61,12 +62,6 @@ pub fn requirements(instance: &ash::Instance, physical: vk::PhysicalDevice) -> R
     }
     // SAFETY: `physical` is the instance's, and the chain holds only structures that this device knows by its version or extensions.
     unsafe { instance.get_physical_device_features2(physical, &mut features) };
-    if timeline.timeline_semaphore == vk::FALSE {
-        return Err(SetupError::Unsupported {
-            device,
-            feature: "timeline semaphores (Vulkan 1.2 or VK_KHR_timeline_semaphore)",
-        });
-    }
 
     let mut extensions = Vec::new();
     if !v1_1 {
@@ -78,6 +73,7 @@ pub fn requirements(instance: &ash::Instance, physical: vk::PhysicalDevice) -> R
     Ok(Requirements {
         extensions,
         device,
+        timeline: timeline.timeline_semaphore == vk::TRUE,
         address_extension: listed.name(khr::buffer_device_address::NAME),
         address_supported: address.buffer_device_address == vk::TRUE,
         address: false,
@@ -98,6 +94,12 @@ impl Requirements {
             self.address = true;
         }
         Ok(self)
+    }
+
+    /// Whether the device has timeline semaphores. Without them, submits end with fences ([`Signal::Fence`](crate::Signal::Fence)).
+    #[must_use]
+    pub fn timeline_semaphores(&self) -> bool {
+        self.timeline
     }
 
     /// The names of the device extensions to enable.
@@ -124,25 +126,26 @@ impl Requirements {
     /// it sets `timelineSemaphore`, and `bufferDeviceAddress` if it asked for that, in its own structure.
     #[must_use]
     pub fn features(&self) -> Features {
+        let timeline = vk::PhysicalDeviceTimelineSemaphoreFeatures::default().timeline_semaphore(true);
         let address = vk::PhysicalDeviceBufferDeviceAddressFeatures::default().buffer_device_address(true);
-        Features {
-            timeline: vk::PhysicalDeviceTimelineSemaphoreFeatures::default().timeline_semaphore(true),
-            address: self.address.then_some(address),
-        }
+        Features { timeline: self.timeline.then_some(timeline), address: self.address.then_some(address) }
     }
 }
 
 /// Feature structures that `vkCreateDevice` reads. From [`Requirements::features`].
 #[derive(Debug)]
 pub struct Features {
-    timeline: vk::PhysicalDeviceTimelineSemaphoreFeatures<'static>,
+    timeline: Option<vk::PhysicalDeviceTimelineSemaphoreFeatures<'static>>,
     address: Option<vk::PhysicalDeviceBufferDeviceAddressFeatures<'static>>,
 }
 
 impl Features {
     /// `info` with the features in its chain.
     pub fn push<'a>(&'a mut self, info: vk::DeviceCreateInfo<'a>) -> vk::DeviceCreateInfo<'a> {
-        let info = info.push_next(&mut self.timeline);
+        let info = match &mut self.timeline {
+            Some(timeline) => info.push_next(timeline),
+            None => info,
+        };
         match &mut self.address {
             Some(address) => info.push_next(address),
             None => info,

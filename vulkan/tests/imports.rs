@@ -134,8 +134,7 @@ fn an_alias_is_made_only_while_nobody_watches_and_is_used_again_while_it_lives()
     let device = fixture.open(&Config::default());
     let memory = Memory::of_file(&memfd(2), 2, true);
     let mappings = mappings(memory.range()).unwrap();
-    let request =
-        |watched| Request { range: memory.range(), access: Access::Read, mappings: &mappings, watched, label: "" };
+    let request = |watched| Request { watched, ..Request::new(memory.range(), Access::Read, &mappings) };
     let prepare = |watched| device.prepare(&request(watched)).unwrap();
     assert!(matches!(prepare(true), Preparation::NeedsUnwatched));
     let Preparation::Ready(prepared) = prepare(false) else { panic!("nobody watches") };

@@ -87,7 +87,7 @@ impl Setup {
 
     fn follow(&self, semaphore: vk::Semaphore, value: u64, tag: u64) {
         self.completion.follow(
-            Timeline { semaphore, value },
+            Signal::Timeline(Timeline { semaphore, value }),
             Probe { tag, tell: self.tell.clone(), signalled: Arc::clone(&self.signalled) },
         );
     }
@@ -175,7 +175,7 @@ fn a_line_that_ended_is_replaced_when_its_semaphore_is_used_again() {
     let first = setup.next().thread;
     // It ends after a while without work; nothing else removes it.
     let deadline = std::time::Instant::now() + GENEROUS;
-    while !setup.completion.0.by_semaphore().is_empty() {
+    while !setup.completion.0.by_signal().is_empty() {
         assert!(std::time::Instant::now() < deadline, "an idle line ends");
         thread::yield_now();
     }
@@ -225,7 +225,7 @@ fn nothing_is_allocated_or_freed_on_the_way_to_retire() {
         );
     }
     setup.fixture.signal(semaphore, count + 1);
-    while !matches!(setup.completion.0.by_semaphore().get(&semaphore), Some((line, _)) if line.queue().pending.is_empty())
+    while !matches!(setup.completion.0.by_signal().get(&On::Semaphore(semaphore)), Some((line, _)) if line.queue().pending.is_empty())
     {
         setup.next();
     }
@@ -238,11 +238,41 @@ fn the_way_out_without_a_thread_waits_in_place() {
     let semaphore = setup.fixture.timeline();
     let waiting = Waiting { value: 1, ticket: Probe { tag: 1, tell: setup.tell.clone(), signalled: Arc::default() } };
     thread::scope(|scope| {
-        let here = scope.spawn(|| setup.completion.wait_here(semaphore, waiting));
+        let here = scope.spawn(|| setup.completion.wait_here(On::Semaphore(semaphore), waiting));
         assert!(!here.is_finished());
         setup.fixture.signal(semaphore, 1);
         here.join().unwrap();
     });
     assert_eq!(setup.next().outcome, Outcome::Done);
     setup.fixture.destroy_semaphore(semaphore);
+}
+
+#[test]
+fn a_fence_is_used_again_as_soon_as_its_work_is_over_and_never_retires_later_work() {
+    let Some(setup) = Setup::new() else { return };
+    let device = &setup.fixture.device;
+    // SAFETY: the device is live.
+    let fence = unsafe { device.create_fence(&vk::FenceCreateInfo::default(), None) }.unwrap();
+    for tag in 0..200 {
+        let go = setup.fixture.timeline();
+        setup.fixture.submit_fenced(&[], Some((go, 1)), fence);
+        let follow = |tag| {
+            let probe = Probe { tag, tell: setup.tell.clone(), signalled: Arc::clone(&setup.signalled) };
+            setup.completion.follow(Signal::Fence(fence), probe);
+        };
+        // Two submits may end with one fence.
+        follow(2 * tag);
+        follow(2 * tag + 1);
+        assert!(setup.told.try_recv().is_err(), "the work waits for us");
+        setup.fixture.signal(go, 1);
+        let told = [setup.next(), setup.next()];
+        assert_eq!(told.each_ref().map(|told| (told.tag, told.outcome)), [0, 1].map(|n| (2 * tag + n, Outcome::Done)));
+        // SAFETY: both submits are over.
+        unsafe { device.reset_fences(&[fence]) }.unwrap();
+        setup.fixture.destroy_semaphore(go);
+    }
+    let Setup { completion, fixture, .. } = setup;
+    drop(completion);
+    // SAFETY: nobody waits for it any more.
+    unsafe { fixture.device.destroy_fence(fence, None) };
 }
