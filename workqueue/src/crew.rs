@@ -39,7 +39,7 @@ use crate::{
 
 /// One account of one node. What every piece of work changes is on the first lines.
 #[derive(Default)]
-#[repr(C, align(64))]
+#[repr(C, align(128))]
 pub(crate) struct AccountState {
     pub(crate) ready: List,
     pub(crate) express: List,

@@ -39,6 +39,12 @@ impl Effects {
         self.wake[3..].iter().any(Option::is_some) || self.spawn[2..].iter().any(Option::is_some)
     }
 
+    /// What was to be woken and started has been; drops what is left to be dropped.
+    pub(crate) fn forget(&mut self) {
+        (self.keeper, self.arrived, self.drained, self.now) = (false, false, false, None);
+        (self.item, self.last, self.hook) = (None, None, None);
+    }
+
     /// Whether somebody is to be woken or started.
     pub(crate) fn any(&self) -> bool {
         self.wake.iter().any(Option::is_some) || self.spawn.iter().any(Option::is_some)

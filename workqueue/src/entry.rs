@@ -34,7 +34,8 @@ pub(crate) enum Doing {
     Gone,
 }
 
-/// Guarded by the pool's lock.
+/// Guarded by the pool's lock. Aligned so that two workers don't write to the same cache lines.
+#[repr(align(128))]
 pub(crate) struct Entry {
     pub(crate) worker: Arc<Worker>,
     pub(crate) join: Option<JoinHandle<()>>,

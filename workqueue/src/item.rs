@@ -34,8 +34,6 @@ use crate::{
 /// The part of an item's state that its slot holds, guarded by the pool's lock.
 #[derive(Debug, Default)]
 pub(crate) struct ItemState {
-    /// The slot belongs to an item.
-    pub(crate) is_item: bool,
     pub(crate) word: Word,
     /// Waiting cancels under way.
     pub(crate) cancelling: u32,

@@ -122,18 +122,24 @@ impl Shared {
     }
 
     /// Does what a change under the lock called for.
-    pub(crate) fn apply(self: &Arc<Self>, fx: Effects) {
+    pub(crate) fn apply(self: &Arc<Self>, mut fx: Effects) {
+        self.carry_out(&mut fx);
+    }
+
+    /// As [`apply`](Self::apply), and leaves `fx` empty: it is larger than a worker that goes from job to job should
+    /// move about.
+    pub(crate) fn carry_out(self: &Arc<Self>, fx: &mut Effects) {
         if fx.arrived {
             // Relaxed: a hint; whoever acts on it takes the lock.
             self.arrivals.fetch_add(1, Ordering::Relaxed);
         }
-        for worker in fx.wake.into_iter().flatten() {
+        for worker in fx.wake.iter_mut().map_while(Option::take) {
             worker.parker.wake();
         }
         if fx.drained {
             self.drained.notify_all();
         }
-        for (node, account) in fx.spawn.into_iter().flatten() {
+        for (node, account) in fx.spawn.iter_mut().map_while(Option::take) {
             if self.config.submitters_start {
                 self.start_worker(node, account);
             } else {
@@ -142,14 +148,14 @@ impl Shared {
                 self.keeper.wake();
             }
         }
-        for (bit, settled) in self.settled.iter().enumerate() {
-            if fx.settled >> bit & 1 == 1 {
-                settled.notify_all();
-            }
+        while fx.settled != 0 {
+            self.settled[fx.settled.trailing_zeros() as usize].notify_all();
+            fx.settled &= fx.settled - 1;
         }
         if fx.keeper {
             self.keeper.wake();
         }
+        fx.forget();
     }
 
     /// What is notified when the item in `slot` has got further.

@@ -46,9 +46,9 @@ pub(crate) enum On {
     Express,
 }
 
-/// All fields are guarded by the pool's lock. What every job touches comes first, so that it is two cache lines that
-/// travel from the submitter's processor to the worker's and back.
-#[repr(C, align(64))]
+/// All fields are guarded by the pool's lock. What every job touches comes first, so that it is one pair of cache lines,
+/// which processors fetch together, that travels from the submitter's to the worker's and back.
+#[repr(C, align(128))]
 pub(crate) struct Slot {
     /// Odd while in use; a handle with another value names work that has ended.
     pub(crate) generation: u64,
@@ -70,17 +70,26 @@ pub(crate) struct Slot {
     /// Order of arrival on a ready list.
     pub(crate) sequence: u64,
     pub(crate) ready_since: Option<Instant>,
-    pub(crate) due: Option<Instant>,
+    /// It belongs to an item.
+    pub(crate) is_item: bool,
+    /// There is a `hook`.
+    hooked: bool,
+    // What only timers, hooks and items touch.
+    due: Option<Instant>,
     /// Called when the running job is told to stop.
-    pub(crate) hook: Option<Hook>,
+    hook: Option<Hook>,
     pub(crate) item: ItemState,
 }
+
+const _: () = assert!(std::mem::offset_of!(Slot, hooked) < 128, "what every job touches is one pair of lines");
 
 impl Slot {
     fn new() -> Self {
         Self {
             generation: 0,
             body: Body::Empty,
+            is_item: false,
+            hooked: false,
             hook: None,
             attributes: Attributes::default(),
             node: 0,
@@ -107,12 +116,27 @@ impl Slot {
 
     /// A job, as opposed to an item, that is pending.
     pub(crate) fn is_pending_job(&self) -> bool {
-        self.is_pending() && !self.item.is_item
+        self.is_pending() && !self.is_item
     }
 
     /// A job, as opposed to an item, that runs.
     pub(crate) fn is_running_job(&self) -> bool {
-        self.worker != NIL && !self.item.is_item
+        self.worker != NIL && !self.is_item
+    }
+
+    pub(crate) fn set_hook(&mut self, hook: Option<Hook>) {
+        if hook.is_some() {
+            self.hooked = true;
+            self.hook = hook;
+        }
+    }
+
+    pub(crate) fn take_hook(&mut self) -> Option<Hook> {
+        if std::mem::take(&mut self.hooked) { self.hook.take() } else { None }
+    }
+
+    pub(crate) fn hook(&self) -> Option<Hook> {
+        self.hook.clone()
     }
 }
 
@@ -198,10 +222,10 @@ impl Slab {
     pub(crate) fn free(&mut self, slot: u32) {
         let free = self.free;
         let entry = &mut self[slot];
-        debug_assert!(matches!(entry.body, Body::Empty) && entry.hook.is_none());
+        debug_assert!(matches!(entry.body, Body::Empty) && !entry.hooked);
         debug_assert!(entry.on == On::Nothing && entry.timer == NIL);
         entry.generation += 1;
-        if entry.item.is_item {
+        if std::mem::take(&mut entry.is_item) {
             entry.item = ItemState::default();
         }
         entry.next = free;

@@ -132,7 +132,7 @@ impl State {
     ) -> u32 {
         let slot = self.new_slot(queue, node, attributes);
         self.slab[slot].body = Body::Once(run);
-        self.slab[slot].hook = hook;
+        self.slab[slot].set_hook(hook);
         slot
     }
 
@@ -210,7 +210,8 @@ impl State {
         } else {
             account_state.ready.push(&mut self.slab, slot, On::Ready);
         }
-        fx.arrived = true;
+        // Whoever spins, or is about to, is counted as searching since its last look under the lock.
+        fx.arrived |= self.crew.account(node, account).searching > 0;
         self.crew.summon(node, account, fx);
     }
 
@@ -292,7 +293,7 @@ impl State {
 
     /// The timer of `slot` has run out and is stopped.
     pub(crate) fn fired(&mut self, slot: u32, fx: &mut Effects) {
-        if self.slab[slot].item.is_item {
+        if self.slab[slot].is_item {
             self.transit(slot, Operation::TimerFires, None, fx);
         } else {
             self.admit(slot, fx);
@@ -302,7 +303,7 @@ impl State {
     /// Takes what is pending in `slot` out of everything. A job gives up its slot and is handed back to be called as
     /// cancelled; an item is only cancelled.
     pub(crate) fn withdraw(&mut self, slot: u32, fx: &mut Effects) -> Option<Job> {
-        if self.slab[slot].item.is_item {
+        if self.slab[slot].is_item {
             self.transit(slot, Operation::Cancel, None, fx);
             return None;
         }
@@ -311,7 +312,7 @@ impl State {
             self.release(slot, false, fx);
         }
         let entry = &mut self.slab[slot];
-        let (node, attributes, hook) = (entry.node, entry.attributes, entry.hook.take());
+        let (node, attributes, hook) = (entry.node, entry.attributes, entry.take_hook());
         let Body::Once(run) = std::mem::replace(&mut entry.body, Body::Empty) else {
             unreachable!("a pending job has a function");
         };
@@ -328,6 +329,6 @@ impl State {
         }
         // Release: pairs with the Acquire in `Context::cancelled`.
         self.crew.workers[entry.worker as usize].worker.told.store(true, Ordering::Release);
-        entry.hook.clone()
+        entry.hook()
     }
 }

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 /// What one account has done since the pool was made. All nodes are added up.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+// What every piece of work touches comes first, on the line of the account that it touches anyway.
+#[repr(C)]
 #[non_exhaustive]
 pub struct Counters {
     /// Work accepted, timers not counted before they fire.
@@ -12,6 +14,8 @@ pub struct Counters {
     pub started: u64,
     /// Functions that returned to their worker, or panicked.
     pub finished: u64,
+    /// The longest that ready work has waited for a worker.
+    pub longest_wait: Duration,
     /// Pending work called as cancelled.
     pub cancelled: u64,
     /// Functions that panicked.
@@ -26,8 +30,6 @@ pub struct Counters {
     pub workers_refused: u64,
     /// Times an idle worker was woken.
     pub wake_ups: u64,
-    /// The longest that ready work has waited for a worker.
-    pub longest_wait: Duration,
 }
 
 impl Counters {

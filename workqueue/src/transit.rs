@@ -4,7 +4,6 @@ use std::time::Instant;
 
 use crate::{
     effects::Effects,
-    item::ItemState,
     slab::{Body, NIL, On},
     state::State,
     table::{Act, Answer, Cell, Next, Operation, Word, cell},
@@ -14,7 +13,7 @@ impl State {
     /// Takes a slot for an item, for as long as the item lives; there is room.
     pub(crate) fn new_item(&mut self, queue: u32) -> u32 {
         let slot = self.new_slot(queue, 0, Default::default());
-        self.slab[slot].item = ItemState { is_item: true, ..ItemState::default() };
+        self.slab[slot].is_item = true;
         slot
     }
 

@@ -90,7 +90,7 @@ pub(crate) fn run(shared: &Arc<Shared>, number: u32, worker: &Arc<Worker>) {
     let mut next = choose(&mut state, shared, number, &mut fx);
     loop {
         drop(state);
-        shared.apply(std::mem::take(&mut fx));
+        shared.carry_out(&mut fx);
         (state, next) = match next {
             Next::Run(taken) => perform(shared, number, worker, taken, &mut fx),
             Next::Spin(before) => {
@@ -167,7 +167,7 @@ fn choose(state: &mut State, shared: &Shared, number: u32, fx: &mut Effects) -> 
 /// Marks `slot`, which is on no list, as run by `number`.
 fn start(state: &mut State, number: u32, slot: u32, fx: &mut Effects) -> Taken {
     let node = state.crew.workers[number as usize].node;
-    if state.slab[slot].item.is_item {
+    if state.slab[slot].is_item {
         state.transit(slot, Operation::Taken, None, fx);
     }
     let entry = &mut state.slab[slot];
@@ -223,7 +223,7 @@ fn perform<'a>(
     let (again, refused) = returned(&mut state, number, slot, panicked, follow, fx);
     if let Some(job) = refused {
         drop(state);
-        shared.apply(std::mem::take(fx));
+        shared.carry_out(fx);
         call_cancelled(shared, job);
         state = shared.lock();
     }
@@ -265,8 +265,8 @@ fn returned(
     fx: &mut Effects,
 ) -> (Option<u32>, Option<Job>) {
     let entry = &mut state.slab[slot];
-    let (attributes, node, queue, is_item) = (entry.attributes, entry.node, entry.queue, entry.item.is_item);
-    fx.hook = entry.hook.take();
+    let (attributes, node, queue, is_item) = (entry.attributes, entry.node, entry.queue, entry.is_item);
+    fx.hook = entry.take_hook();
     state.crew.change(number, |me| {
         me.doing = Doing::Looking;
         me.express = false;
