@@ -9,6 +9,7 @@ use pinfold_invalidate::{HostRange, Space};
 use pinfold_workqueue::{Flags, Job, Queue};
 
 use crate::watch::WatchList;
+use crate::work::WorkNotes;
 use crate::{Config, Device, Error};
 
 /// Name of the work queue, as threads show it: at most 15 bytes.
@@ -22,7 +23,9 @@ pub(crate) struct Engine<D: Device> {
     pub(crate) space: Arc<Space>,
     /// Ended by the manager's drop; work that comes later runs where it is asked for.
     queue: Mutex<Option<Queue>>,
-    pub(crate) notes: WatchList,
+    pub(crate) notes: Arc<WatchList>,
+    /// What is told of the queue's work.
+    pub(crate) work: Arc<WorkNotes>,
     pub(crate) config: Config,
     pub(crate) counters: Counters,
     /// Imports that exist, and their bytes.
@@ -108,11 +111,13 @@ impl<D: Device> Engine<D> {
         let space = Space::get(config.deadline)?;
         let queue = Queue::new(QUEUE, Flags::HIGHPRI | Flags::UNBOUND | Flags::MAY_SLEEP, MAX_ACTIVE);
         let queue = queue.map_err(|error| Error::Pool(Arc::new(error)))?;
+        let notes = Arc::new(WatchList::new());
         Ok(Self {
             device: Some(device),
             space,
             queue: Mutex::new(Some(queue)),
-            notes: WatchList::new(),
+            work: WorkNotes::new(Arc::clone(&notes)),
+            notes,
             config,
             counters: Counters::default(),
             pins: Level::default(),
@@ -156,26 +161,29 @@ impl<D: Device> Engine<D> {
         self.pins.try_add(needed, self.config.budget).map_err(over)
     }
 
-    /// Runs `work` on a worker, after earlier work with the same key. `work` is told whether it was cancelled instead, and is called in any case.
+    /// Runs `work` on a worker, after earlier work with the same key, which is an object's id. `work` is told whether it was cancelled instead, and is called in any case.
     pub(crate) fn spawn(&self, key: u64, work: impl FnOnce(bool) + Send + 'static) {
-        self.submit(work, |job| job.key(key));
+        self.submit(key, work, |job| job.key(key));
     }
 
     /// As [`spawn`](Self::spawn), in no order.
     pub(crate) fn spawn_unordered(&self, work: impl FnOnce(bool) + Send + 'static) {
-        self.submit(work, |job| job);
+        self.submit(0, work, |job| job);
     }
 
     /// As [`spawn_unordered`](Self::spawn_unordered), not before `delay` has passed.
     pub(crate) fn spawn_after(&self, delay: Duration, work: impl FnOnce(bool) + Send + 'static) {
-        self.submit(work, |job| job.after(delay));
+        self.submit(0, work, |job| job.after(delay));
     }
 
-    fn submit(&self, work: impl FnOnce(bool) + Send + 'static, with: impl FnOnce(Job) -> Job) {
+    fn submit(&self, object: u64, work: impl FnOnce(bool) + Send + 'static, with: impl FnOnce(Job) -> Job) {
         let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner).clone();
         match queue {
-            // A refused job has been called as cancelled: nothing is lost.
-            Some(queue) => _ = queue.submit(with(Job::new(move |context| work(context.cancelled())))),
+            Some(queue) => {
+                let noted = self.work.queued(object);
+                // A refused job has been called as cancelled: nothing is lost.
+                _ = queue.submit(with(Job::new(move |context| noted.run(context.cancelled(), work))));
+            }
             None => work(true),
         }
     }

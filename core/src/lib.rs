@@ -34,6 +34,7 @@ mod ticket;
 #[cfg(not(loom))]
 mod userptr;
 pub mod watch;
+mod work;
 
 pub use config::Config;
 pub use device::{Access, Device, DeviceError, MirrorReason, Outcome, Path, Policy, Preparation, Request, Use};

@@ -304,6 +304,7 @@ impl<D: Device> share::Source for Owner<D> {
         for handle in handles {
             put(self.engine.present(&handle.object));
         }
+        put(self.engine.work.present());
     }
 }
 

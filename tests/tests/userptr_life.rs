@@ -14,7 +14,9 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::thread;
 use std::time::Duration;
 
-use pinfold_core::watch::{Note, NoteCause, NotePath, NoteState, UserptrEvent, UserptrNote, WatchConfig, WatchQueue};
+use pinfold_core::watch::{
+    FilterEntry, Note, NoteCause, NotePath, NoteState, TYPE_USERPTR, UserptrEvent, UserptrNote, WatchConfig, WatchQueue,
+};
 use pinfold_core::{Access, Coverage, DeviceError, Error, Lease, Outcome, Path, State, SubmitError, Userptr};
 use pinfold_tests::PATIENCE;
 use pinfold_tests::fake::{Answer, Call, FakeDevice};
@@ -890,6 +892,7 @@ fn the_watch_queue_tells_a_whole_life() {
     let _alone = alone();
     let rig = by_workers();
     let queue = rig.manager.watch(WatchConfig::default()).unwrap();
+    queue.set_filter(Some(&[FilterEntry::all_of(TYPE_USERPTR)])).unwrap();
     let region = anonymous(4);
     // SAFETY: no reference points into a region, and every mutation is held off or bracketed.
     let object = unsafe { rig.manager.register_labelled(region.range(), Access::ReadWrite, "weights") }.unwrap();

@@ -105,9 +105,14 @@ impl Model {
                 Some(object) if !whole => (object.start, object.bytes),
                 _ => (note.start, note.end.saturating_sub(note.start)),
             };
+            // Only an acquisition tells how the bytes reach the device; they do as long as the object is valid.
+            let path = match known {
+                Some(object) if note.path == NotePath::None && note.state == NoteState::Valid => object.note.path,
+                _ => note.path,
+            };
             let label = known.map_or(note.label, |object| object.note.label);
             let label = if note.label.as_str().is_empty() { label } else { note.label };
-            self.objects.insert(id, Object { note: UserptrNote { label, ..note }, bytes, start });
+            self.objects.insert(id, Object { note: UserptrNote { label, path, ..note }, bytes, start });
         }
     }
 
