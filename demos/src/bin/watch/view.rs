@@ -85,7 +85,7 @@ fn colour(state: NoteState) -> Color {
 
 fn memory_and_pool(model: &Model) -> Paragraph<'static> {
     let mut lines = vec![format!("{:<13}{:>12}", "pinned", bytes(model.bytes_pinned()))];
-    lines.extend(PATHS[1..].iter().map(|&path| format!("  {:<11}{:>12}", name(path), bytes(model.bytes(path)))));
+    lines.extend(PATHS[1..].iter().map(|&path| format!("  {:<13}{:>10}", name(path), bytes(model.bytes(path)))));
     lines.push(String::new());
     lines.push(pool(model));
     Paragraph::new(lines.into_iter().map(Line::from).collect::<Vec<_>>()).block(Block::bordered().title("memory, pool"))
@@ -109,13 +109,18 @@ fn causes_table(model: &Model) -> Table<'static> {
 
 fn hold_off_chart(model: &Model) -> BarChart<'static> {
     let bars = HOLD_OFF_NAMES.iter().zip(model.hold_offs());
-    let bars = bars.map(|(name, &count)| Bar::default().label(Line::from(*name)).value(count)).collect::<Vec<_>>();
+    // Binary digits: a few long waits among thousands of short ones are what one looks for.
+    let bar = |(name, &count): (&&'static str, &u64)| {
+        let height = u64::from(u64::BITS - count.leading_zeros());
+        Bar::default().label(Line::from(*name)).value(height).text_value(count.to_string())
+    };
+    let bars = bars.map(bar).collect::<Vec<_>>();
     BarChart::default()
         .data(BarGroup::default().bars(&bars))
         .bar_width(5)
         .bar_gap(1)
         .bar_style(Style::new().fg(Color::Cyan))
-        .block(Block::bordered().title("hold-off of mutators, below"))
+        .block(Block::bordered().title("hold-off of mutators, below (heights: powers of two)"))
 }
 
 fn recent_events(model: &Model, height: usize) -> Paragraph<'static> {
@@ -130,8 +135,11 @@ fn recent_events(model: &Model, height: usize) -> Paragraph<'static> {
             let held = note.hold_off_ns as f64 / 1e3;
             write!(text, " {} held {held:.1} µs", name(note.cause)).expect("a string takes everything");
         }
-        write!(text, "  gen {} {} {}", note.generation, name(note.path), note.label)
-            .expect("a string takes everything");
+        write!(text, "  gen {}", note.generation).expect("a string takes everything");
+        if note.path != NotePath::None {
+            write!(text, " {}", name(note.path)).expect("a string takes everything");
+        }
+        write!(text, " {}", note.label).expect("a string takes everything");
         Line::styled(text, style)
     });
     Paragraph::new(lines.collect::<Vec<_>>()).block(Block::bordered().title("events, newest first"))
