@@ -52,13 +52,25 @@ impl Gpu {
     /// # Errors
     /// No loader, no driver, no device that can draw, or none whose name contains `name`.
     pub fn open(name: Option<&str>, validation: Validation) -> Result<Self> {
+        Self::open_fitting(validation, |_, its_name| name.is_none_or(|name| its_name.contains(name)))
+    }
+
+    /// Opens the device that the loader lists at `index`, from 0.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_at(index: usize, validation: Validation) -> Result<Self> {
+        Self::open_fitting(validation, |at, _| at == index)
+    }
+
+    fn open_fitting(validation: Validation, fits: impl Fn(usize, &str) -> bool) -> Result<Self> {
         // SAFETY: the Vulkan loader's initialisers have no preconditions that a Rust program could break.
         let entry = unsafe { Entry::load() }
             .context("there is no Vulkan loader (libvulkan.so.1); on Debian: apt-get install libvulkan1")?;
         let messages = Box::new(AtomicU64::new(0));
         let (instance, debug) = make_instance(&entry, validation, &messages)?;
         // From here on a failure leaks the instance, and the program ends.
-        let (physical, properties, family) = choose(&instance, name)?;
+        let (physical, properties, family) = choose(&instance, fits)?;
 
         let has = |wanted: &CStr, all: &[vk::ExtensionProperties]| {
             all.iter().any(|e| e.extension_name_as_c_str().is_ok_and(|name| name == wanted))
@@ -213,13 +225,13 @@ fn make_instance(entry: &Entry, validation: Validation, messages: &AtomicU64) ->
 /// The device that draws: a discrete GPU before an integrated one before a virtual one before a CPU.
 fn choose(
     instance: &ash::Instance,
-    name: Option<&str>,
+    fits: impl Fn(usize, &str) -> bool,
 ) -> Result<(vk::PhysicalDevice, vk::PhysicalDeviceProperties, u32)> {
     // SAFETY: a query without preconditions.
     let all = unsafe { instance.enumerate_physical_devices() }?;
     let mut found = Vec::new();
     let mut names = Vec::new();
-    for physical in all {
+    for (index, physical) in all.into_iter().enumerate() {
         // SAFETY: `physical` comes from `instance`.
         let properties = unsafe { instance.get_physical_device_properties(physical) };
         // SAFETY: as above.
@@ -233,7 +245,7 @@ fn choose(
             _ => 3,
         };
         if let Some(family) = family
-            && name.is_none_or(|name| its_name.contains(name))
+            && fits(index, &its_name)
             && properties.api_version >= vk::API_VERSION_1_1
         {
             found.push((rank, physical, properties, u32::try_from(family)?));
@@ -243,7 +255,7 @@ fn choose(
     let best = found.into_iter().min_by_key(|&(rank, ..)| rank);
     let (_, physical, properties, family) = best.with_context(|| match names.as_slice() {
         [] => "no Vulkan driver offers a device; on Debian: apt-get install mesa-vulkan-drivers".to_owned(),
-        _ => format!("none of the devices fits the name, Vulkan 1.1 and drawing: {}", names.join(", ")),
+        _ => format!("none of the devices fits what was asked for, Vulkan 1.1 and drawing: {}", names.join(", ")),
     })?;
     Ok((physical, properties, family))
 }

@@ -1,0 +1,319 @@
+//! What it costs a program that its memory is watched: the mutation itself, first touches, calls that have nothing to do with it, and beginning to watch.
+//!
+//! A watched mutation wakes a thread and waits for it, and that depends first on which processors the two are: so both are pinned, and the floor, a bare
+//! userfaultfd whose reader does nothing, is pinned the same way.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use pinfold_invalidate::{Change, Coverage, DEFAULT_DEADLINE, HostRange, Shards, Space, Target, page_size};
+
+use crate::clock::{cpu, microseconds, nanoseconds};
+use crate::groups::index::thousands;
+use crate::machine::memory_available;
+use crate::memory::Memory;
+use crate::placement::{self, Pinned, allowed};
+use crate::session::{Contender, Goal, Medians, Plan, Session};
+use crate::userfault::Bare;
+
+/// Mutations a sample.
+const EACH: usize = 24;
+/// The library's reader of events.
+const MONITOR: &str = "pinfold-monitor";
+
+/// Somebody who wants to know, and does nothing when told.
+#[derive(Default)]
+struct Told {
+    shards: AtomicU16,
+}
+
+impl Target for Told {
+    fn invalidated(&self, _: &Change) {}
+
+    fn settled(self: Arc<Self>) {}
+
+    fn shards(&self) -> Shards {
+        Shards(self.shards.load(Ordering::SeqCst))
+    }
+}
+
+/// Watches a range for somebody, as an object would.
+fn watch(space: &Space, range: HostRange, id: u64) -> Result<()> {
+    let told = Arc::new(Told::default());
+    space.insert(range, id, Arc::clone(&told) as Arc<dyn Target>);
+    let watched = space.watch(range)?;
+    told.shards.store(watched.shards.0, Ordering::SeqCst);
+    ensure!(
+        watched.coverage == Coverage::Watched,
+        "the kernel can't watch private memory here: {:?}",
+        watched.coverage
+    );
+    Ok(())
+}
+
+/// How a sample's pages are watched.
+#[derive(Clone, Copy)]
+enum By<'a> {
+    Nobody,
+    Bare(&'a Bare),
+    Ours(&'a Space),
+}
+
+impl By<'_> {
+    fn watch(self, range: HostRange, id: usize) -> Result<()> {
+        match self {
+            Self::Nobody => Ok(()),
+            Self::Bare(bare) => bare.watch(range),
+            Self::Ours(space) => watch(space, range, id as u64),
+        }
+    }
+
+    fn end(self, range: HostRange, id: usize) {
+        if let Self::Ours(space) = self {
+            space.remove(range, id as u64);
+        }
+    }
+}
+
+/// Pages that are no neighbours, so that each is a mapping of its own whoever watches it. Each goes with its list.
+fn single_pages() -> Result<Vec<Memory>> {
+    let pages = (0..2 * EACH).map(|_| Memory::populated(page_size())).collect::<Result<Vec<_>>>()?;
+    // The kernel puts mappings side by side; every second one goes.
+    Ok(pages.into_iter().enumerate().filter(|(at, _)| at % 2 == 0).map(|(_, page)| page).collect())
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mutation {
+    Unmap,
+    Discard,
+}
+
+/// Microseconds a call.
+fn mutations(by: By<'_>, what: Mutation) -> Result<Vec<f64>> {
+    let pages = single_pages()?;
+    let ranges: Vec<_> = pages.iter().map(Memory::range).collect();
+    for (id, range) in ranges.iter().enumerate() {
+        by.watch(*range, id)?;
+    }
+    let timed = |page: Memory| {
+        let begun = Instant::now();
+        let kept = match what {
+            Mutation::Unmap => {
+                page.unmap();
+                None
+            }
+            Mutation::Discard => {
+                page.discard();
+                Some(page)
+            }
+        };
+        (microseconds(begun.elapsed()), kept)
+    };
+    let (times, kept): (Vec<_>, Vec<_>) = pages.into_iter().map(timed).unzip();
+    ranges.iter().enumerate().for_each(|(id, range)| by.end(*range, id));
+    drop(kept);
+    Ok(times)
+}
+
+pub(crate) fn run(session: &mut Session) -> Result<()> {
+    let raw = || Contender::many("raw munmap", || mutations(By::Nobody, Mutation::Unmap));
+    session.measure(Plan::new("raw munmap", "µs", raw()).against(raw(), None).control())?;
+
+    let space = Space::get(DEFAULT_DEADLINE)?;
+    let probe = Memory::populated(page_size())?;
+    if let Err(why) = watch(&space, probe.range(), u64::MAX) {
+        session.absent("", why);
+        return Ok(());
+    }
+    space.remove(probe.range(), u64::MAX);
+    for place in [0, 1] {
+        let where_to = ["the same processor", "another processor"][place];
+        if place >= allowed().len() {
+            session
+                .absent("mutations with the watcher on another processor", "this process may use one processor only");
+            continue;
+        }
+        mutating(session, &space, place, where_to)?;
+    }
+    watching(session, &space)?;
+    touching(session, &space)?;
+    drop(space);
+    unrelated(session)?;
+    en_masse(session)
+}
+
+fn mutating(session: &mut Session, space: &Arc<Space>, place: usize, where_to: &str) -> Result<()> {
+    let monitor = placement::thread_named(MONITOR).context("the monitor thread was not found by its name")?;
+    let bare = Bare::new()?;
+    bare.place(place)?;
+    placement::pin(monitor, &allowed()[place..=place])?;
+    let pinned = Pinned::to(0);
+    let placed = format!("mutator on processor {}, watcher on processor {}", allowed()[0], allowed()[place]);
+    for (what, call) in [(Mutation::Unmap, "munmap"), (Mutation::Discard, "madvise(DONTNEED)")] {
+        let name = format!("watched {call} of a page, watcher on {where_to}");
+        let plan = Plan::new(name, "µs", Contender::many("pinfold", || mutations(By::Ours(space), what)));
+        let plan =
+            plan.against(Contender::many("bare userfaultfd", || mutations(By::Bare(&bare), what)), Goal::ratio(1.2));
+        let raw = Contender::many(&format!("raw {call}"), || mutations(By::Nobody, what));
+        session.measure(plan.against(raw, None).placement(&placed))?;
+    }
+    drop(pinned);
+    placement::pin(monitor, &allowed())?;
+    Ok(())
+}
+
+/// Beginning to watch: a page of its own, and one inside memory that is watched already.
+fn watching(session: &mut Session, space: &Arc<Space>) -> Result<()> {
+    let bare = Bare::new()?;
+    let each = |by: By<'_>| -> Result<f64> {
+        let pages = single_pages()?;
+        let begun = Instant::now();
+        for (id, page) in pages.iter().enumerate() {
+            by.watch(page.range(), id)?;
+        }
+        let time = microseconds(begun.elapsed()) / EACH as f64;
+        pages.iter().enumerate().for_each(|(id, page)| by.end(page.range(), id));
+        // With the bare one, whoever unmaps has to be read; its thread is there.
+        Ok(time)
+    };
+    let plan = Plan::new("begin to watch a page", "µs", Contender::new("pinfold", || each(By::Ours(space))));
+    session.measure(plan.against(Contender::new("bare UFFDIO_REGISTER", || each(By::Bare(&bare))), None))?;
+
+    let (ours, theirs) = (Memory::populated(1024 * page_size())?, Memory::populated(1024 * page_size())?);
+    watch(space, ours.range(), u64::MAX)?;
+    bare.watch(theirs.range())?;
+    let inside = |by: By<'_>, memory: &Memory| -> Result<f64> {
+        let begun = Instant::now();
+        for id in 0..EACH {
+            by.watch(memory.part(2 * id, page_size()), id)?;
+        }
+        let time = microseconds(begun.elapsed()) / EACH as f64;
+        (0..EACH).for_each(|id| by.end(memory.part(2 * id, page_size()), id));
+        Ok(time)
+    };
+    let plan =
+        Plan::new("watch a page of watched memory", "µs", Contender::new("pinfold", || inside(By::Ours(space), &ours)));
+    let peer = Contender::new("bare UFFDIO_REGISTER", || inside(By::Bare(&bare), &theirs));
+    session.measure(plan.against(peer, None).goal(Goal::ours(1.0)))?;
+    space.remove(ours.range(), u64::MAX);
+    Ok(())
+}
+
+/// The first write to each of 256 pages.
+fn touching(session: &mut Session, space: &Arc<Space>) -> Result<()> {
+    const PAGES: usize = 256;
+    let touch = |by: By<'_>, populated: bool| -> Result<f64> {
+        let memory = Memory::untouched(PAGES * page_size())?;
+        if populated {
+            memory.fill(1);
+        }
+        by.watch(memory.range(), 0)?;
+        let mut page = 0;
+        let time = cpu(PAGES, || {
+            memory.touch(page);
+            page += 1;
+        });
+        by.end(memory.range(), 0);
+        Ok(time)
+    };
+    let _pinned = Pinned::to(0);
+    for (name, populated) in
+        [("first touch of watched anonymous memory", false), ("write to memory that was populated, then watched", true)]
+    {
+        let plan = Plan::new(name, "ns", Contender::new("watched by pinfold", || touch(By::Ours(space), populated)))
+            .clock("cpu");
+        session
+            .measure(plan.against(Contender::new("not watched", || touch(By::Nobody, populated)), Goal::ratio(1.1)))?;
+    }
+    Ok(())
+}
+
+/// A mapping that nobody watches, in a process that watches another, and in one that watches none.
+fn unrelated(session: &mut Session) -> Result<()> {
+    let watched = Memory::populated(page_size())?;
+    let space = RefCell::new(None);
+    let beside = || {
+        if space.borrow().is_none() {
+            let fresh = Space::get(DEFAULT_DEADLINE)?;
+            watch(&fresh, watched.range(), 0)?;
+            space.replace(Some(fresh));
+        }
+        mutations(By::Nobody, Mutation::Unmap)
+    };
+    let alone = || {
+        if let Some(space) = space.take() {
+            space.remove(watched.range(), 0);
+        }
+        mutations(By::Nobody, Mutation::Unmap)
+    };
+    let _pinned = Pinned::to(0);
+    let plan = Plan::new("munmap of memory that nobody watches", "µs", Contender::many("with pinfold at work", beside));
+    session.measure(plan.against(Contender::many("without", alone), Goal::ratio(1.01)))?;
+    alone()?;
+    Ok(())
+}
+
+/// One munmap over many objects of a page each.
+fn en_masse(session: &mut Session) -> Result<()> {
+    let space = Space::get(DEFAULT_DEADLINE)?;
+    let counts: Vec<usize> =
+        session.mode.pick(vec![1, 100, 5_000], vec![1, 100, 10_000, 100_000], vec![1, 100, 10_000, 100_000]);
+    let unmap = |count: usize, by: By<'_>| -> Result<f64> {
+        let memory = Memory::populated(count * page_size())?;
+        let ranges: Vec<_> = (0..count).map(|at| memory.part(at, page_size())).collect();
+        // One call for the kernel, whoever watches; an object for each page all the same.
+        if let By::Ours(space) = by {
+            let watched = space.watch(memory.range())?;
+            for (id, &range) in ranges.iter().enumerate() {
+                let told = Told { shards: AtomicU16::new(watched.shards.0) };
+                space.insert(range, id as u64, Arc::new(told));
+            }
+        }
+        let begun = Instant::now();
+        memory.unmap();
+        let time = microseconds(begun.elapsed());
+        ranges.iter().enumerate().for_each(|(id, range)| by.end(*range, id));
+        Ok(time)
+    };
+    let mut curve: Vec<(f64, Medians)> = Vec::new();
+    for count in counts {
+        if (count * page_size()) as u64 > memory_available() / 4 {
+            session.absent(&format!("{} objects", thousands(count)), "too little memory is free");
+            continue;
+        }
+        let rounds = if count >= 100_000 { 5 } else { 41 };
+        let plan = Plan::new(
+            format!("one munmap over {} objects", thousands(count)),
+            "µs",
+            Contender::new("pinfold", || unmap(count, By::Ours(&space))),
+        );
+        let goal = Goal::ours(30_000.0).filter(|_| count == 100_000);
+        let plan = plan.against(Contender::new("raw munmap", || unmap(count, By::Nobody)), None).goal(goal);
+        curve.push((count as f64, session.measure(plan.at_most(rounds))?));
+    }
+    session.curve("one munmap over all objects", "objects", "µs", curve)?;
+
+    // The look-up that follows pays nothing for them: it is the same one as before.
+    let memory = Memory::populated(page_size())?;
+    watch(&space, memory.range(), 0)?;
+    let look = || {
+        let begun = Instant::now();
+        let mut found = 0;
+        for _ in 0..256 {
+            space.visit(memory.range(), |_, _, _| found += 1);
+        }
+        ensure!(found == 256, "the object is found");
+        Ok(nanoseconds(begun.elapsed()) / 256.0)
+    };
+    let after = || {
+        unmap(1000, By::Ours(&space))?;
+        look()
+    };
+    let plan = Plan::new("look-up after a munmap over 1,000 objects", "ns", Contender::new("after", after));
+    session.measure(plan.against(Contender::new("before", look), None).at_most(41))?;
+    space.remove(memory.range(), 0);
+    Ok(())
+}
