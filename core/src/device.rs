@@ -266,7 +266,7 @@ pub trait Device: Send + Sync + 'static {
     fn refresh(&self, import: &Self::Import, request: &Request<'_>) -> Result<(), DeviceError>;
 
     /// Work is about to be submitted that writes these bytes of the range (counted from its start). Does nothing where the device writes to the
-    /// program's own pages. Followed by [`write_back`](Self::write_back) or [`forget_writes`](Self::forget_writes) with the same `written`.
+    /// program's own pages. [`forget_writes`](Self::forget_writes) ends it, with the same `written`.
     fn expect_writes(&self, import: &Self::Import, written: &[Range<usize>]) {
         let _ = (import, written);
     }
@@ -289,7 +289,7 @@ pub trait Device: Send + Sync + 'static {
         Ok(())
     }
 
-    /// The work was not submitted, or is lost: what it was to write never comes.
+    /// The work is over and its results have been [brought back](Self::write_back), or it is lost, or was never submitted.
     fn forget_writes(&self, import: &Self::Import, written: &[Range<usize>]) {
         let _ = (import, written);
     }

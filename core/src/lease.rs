@@ -388,13 +388,11 @@ impl<D: Device> Retire for Flight<D> {
         if self.left.fetch_sub(1, Ordering::AcqRel) != 1 {
             return false;
         }
-        let writes = self.writes();
-        if self.lost.load(Ordering::Relaxed) {
-            writes.forget(&self.engine);
-        } else if let Err(fault) = writes.bring_back(&self.engine) {
+        if !self.lost.load(Ordering::Relaxed)
+            && let Err(fault) = self.writes().bring_back(&self.engine)
+        {
             let _ = self.fault.set(fault); // nobody else sets it
         }
-        drop(writes);
         self.late.store(self.uses.end(&*self.engine.space), Ordering::Relaxed);
         true
     }
@@ -413,7 +411,9 @@ impl<D: Device> Retire for Flight<D> {
             }
         }
         count(&held, Submit::IsOver);
-        drop(std::mem::take(&mut self.writes().0));
+        let writes = Writes(std::mem::take(&mut self.writes().0));
+        writes.forget(&self.engine);
+        drop(writes);
         drop(held);
         drop(underway);
         self.over.bump();

@@ -10,7 +10,8 @@
 //!   that was replaced, a forked child) is answered with "everything".
 //! - **Protect, then copy.** [`DirtyTracker::take`] protects before it returns, so a write during the copy that follows is
 //!   told the next time.
-//! - **A page has one tracker.** Taking consumes; two trackers of one page would each miss what the other took.
+//! - **A page has one tracker.** Taking consumes; two trackers of one page would each miss what the other took. Several who want to know ask
+//!   through [`DirtyCursor`](crate::DirtyCursor)s, which share what they are told.
 //!
 //! What changes bytes without a write through this mapping isn't told: a device that writes to pages it has pinned; another
 //! mapping of the same memory or file, in this process or in another; `write` to the file. Nor is a discard, except of
@@ -32,6 +33,8 @@ pub struct DirtyTracker {
     /// What registered the mappings, if nothing else had. Closing it ends that, and touches no other registration, which
     /// older kernels' `UFFDIO_UNREGISTER` does. It asks for no events, so nobody ever waits for it.
     uffd: Option<Uffd>,
+    /// Mappings that nothing has registered are registered.
+    registers: bool,
     state: State,
 }
 
@@ -63,7 +66,18 @@ impl DirtyTracker {
     /// part is split by that.
     #[must_use]
     pub fn new(range: HostRange) -> Self {
-        let mut tracker = Self { range, process: std::process::id(), uffd: None, state: State::Armed };
+        Self::start(range, true)
+    }
+
+    /// As [`new`](Self::new) for mappings that a [`Space`](crate::Space) watches. Where nobody does, everything counts as written; a registration
+    /// of the tracker's own would stand in the way of one who watches them later.
+    #[must_use]
+    pub fn of_watched(range: HostRange) -> Self {
+        Self::start(range, false)
+    }
+
+    fn start(range: HostRange, registers: bool) -> Self {
+        let mut tracker = Self { range, process: std::process::id(), uffd: None, registers, state: State::Armed };
         tracker.arm();
         tracker
     }
@@ -105,7 +119,10 @@ impl DirtyTracker {
 
     /// Protects every page, registering the mappings first if need be.
     fn arm(&mut self) {
-        let armed = protect(self.range).or_else(|_| {
+        let armed = protect(self.range).or_else(|refused| {
+            if !self.registers {
+                return Err(refused);
+            }
             let uffd = self.uffd.take().map_or_else(open, Ok)?;
             uffd.register(self.range)?;
             self.uffd = Some(uffd);
@@ -155,7 +172,7 @@ fn collect(range: HostRange, want: Wanted, out: &mut Vec<HostRange>) -> io::Resu
 }
 
 /// Sorts the ranges from `first` on and joins those that touch.
-fn merge(out: &mut Vec<HostRange>, first: usize) {
+pub(crate) fn merge(out: &mut Vec<HostRange>, first: usize) {
     out[first..].sort_unstable();
     let mut kept = first;
     for at in first..out.len() {

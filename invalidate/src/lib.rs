@@ -42,6 +42,7 @@
 
 mod bracket;
 mod dirty;
+mod dirty_log;
 mod event_path;
 mod fork;
 mod gate;
@@ -61,6 +62,7 @@ mod watchdog;
 
 pub use bracket::{MutateError, in_bracket};
 pub use dirty::{DirtyTracker, Taken};
+pub use dirty_log::{DirtyCursor, Untracked};
 pub use event_path::on_event_path;
 pub use gate::{Era, Gate, Visit};
 pub use index::{Entry, Index};

@@ -203,6 +203,12 @@ impl HostRange {
         (start < end).then_some(Self { start, end })
     }
 
+    /// Each page by itself.
+    pub(crate) fn pages_of(self) -> impl Iterator<Item = Self> {
+        // INVARIANT: whole pages between two valid bounds.
+        (self.start..self.end).step_by(page_size()).map(|start| Self { start, end: start + page_size() })
+    }
+
     /// The part from `addr` on; `None` if nothing is left.
     #[must_use]
     pub(crate) fn starting_at(self, addr: usize) -> Option<Self> {

@@ -198,6 +198,14 @@ impl Uffd {
         !matches!(answer, Err(nix::errno::Errno::ENOENT | nix::errno::Errno::EAGAIN))
     }
 
+    /// Takes write protection back from a range that is registered here. `EAGAIN` while a mutation is in flight, `ENOENT` for what isn't registered.
+    pub(crate) fn unprotect(&self, range: HostRange) -> io::Result<()> {
+        let mut protect = UffdioWriteprotect { range: range.into(), mode: 0 };
+        // SAFETY: `protect` is a live `uffdio_writeprotect`; taking protection back changes no contents.
+        unsafe { ioctl::uffdio_writeprotect(self.raw(), &raw mut protect) }?;
+        Ok(())
+    }
+
     /// Ends the watch over the range.
     pub(crate) fn unregister(&self, range: HostRange) -> io::Result<()> {
         let mut range = UffdioRange::from(range);

@@ -1,6 +1,7 @@
 //! Beginning and ending the watch over pages: which shard, what can be watched, and what is said when it can't.
 
 use std::io;
+use std::time::Duration;
 
 use thiserror::Error;
 
@@ -162,6 +163,35 @@ impl Space {
     /// As [`mutate`](Self::mutate).
     pub fn unwatched<R>(&self, range: HostRange, f: impl FnOnce() -> R) -> Result<R, crate::MutateError> {
         self.mutate(&[range], f)
+    }
+
+    /// Takes back the write protection of what is watched in the range, which trackers of writes put there. What isn't mapped is passed over.
+    pub(crate) fn unprotect(&self, range: HostRange) -> io::Result<()> {
+        /// How often a mutation in flight may be in the way, and the pause after it. A hold-off lasts 100 ms at most by default.
+        const TRIES: u32 = 1000;
+        const PAUSE: Duration = Duration::from_micros(200);
+        let inner = &*self.inner;
+        let pieces: Vec<_> = inner.ledger().watched(range).collect();
+        for (piece, shard) in pieces {
+            let Some(uffd) = &inner.shards[shard].uffd else { continue };
+            // One call stops at the first hole, so each mapping has its own.
+            let whole = |there: Vec<Mapping>| there.into_iter().map(|mapping| mapping.range).collect();
+            let there: Vec<_> = mappings(piece).map_or_else(|_| piece.pages_of().collect(), whole);
+            for part in there {
+                let mut tries = 0;
+                loop {
+                    match uffd.unprotect(part) {
+                        Err(error) if error.raw_os_error() == Some(libc::EAGAIN) && tries < TRIES => {
+                            tries += 1;
+                            std::thread::sleep(PAUSE);
+                        }
+                        Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => return Err(error),
+                        _ => break, // done, or nothing of ours is mapped there any more
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Ends the watch over what no target but `id` covers.

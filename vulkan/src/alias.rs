@@ -5,18 +5,19 @@
 //! the result is compared with what was wanted. And files are told apart by device and inode, which the kernel may use again for another
 //! file once this one is gone; an alias keeps its file alive, so an entry of the cache can't come to mean another file.
 //!
-//! Aliases are counted references: objects over the same part of the same file share one, also while an invalidated object is being
-//! replaced by its successor. The last one to go unmaps it, so that memory the program gave up is not kept from the system.
+//! An alias is made of all of the mapping around an object that nobody watches, once; objects over parts of it share it, also while an
+//! invalidated object is being replaced by its successor. It is kept between acquisitions, because making another one means ending the watch of
+//! every object over the pages. It goes when the last user is gone and either no object is left that could want it, or the program has mapped
+//! something else there, so that memory the program gave up is not kept from the system.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::ptr::{self, NonNull};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use nix::errno::Errno;
 use nix::sys::mman::{MRemapFlags, mremap, munmap};
 use pinfold_core::DeviceError;
-use pinfold_invalidate::{HostRange, Protection, mappings};
+use pinfold_invalidate::{FileId, HostRange, Protection, Space, mappings};
 
 use crate::path::Run;
 
@@ -27,6 +28,7 @@ use crate::path::Run;
 pub(crate) struct Alias {
     range: HostRange,
     run: Run,
+    id: u64,
     cache: Weak<AliasCache>,
 }
 
@@ -38,23 +40,51 @@ impl Alias {
     pub(crate) fn protection(&self) -> Protection {
         self.run.protection
     }
+
+    /// Where it shows a run that it covers.
+    pub(crate) fn part(&self, run: Run) -> HostRange {
+        let at = usize::try_from(run.offset - self.run.offset).expect("inside a mapping");
+        HostRange::new(self.range.start() + at, run.len).expect("a part of a mapping")
+    }
 }
 
 impl Drop for Alias {
     fn drop(&mut self) {
         if let Some(cache) = self.cache.upgrade() {
-            cache.forget(self.run);
+            cache.forget(self);
         }
         unmap(self.range);
     }
 }
 
-/// The aliases alive, by what they show.
+/// The aliases alive, by the file and protection they show.
 ///
 /// The lock is held for a look or an insertion only, never across a system call.
 #[derive(Default)]
 pub(crate) struct AliasCache {
-    alive: Mutex<HashMap<Run, Weak<Alias>>>,
+    alive: Mutex<Alive>,
+}
+
+#[derive(Default)]
+struct Alive {
+    by_file: HashMap<(FileId, Protection), Vec<Entry>>,
+    next: u64,
+}
+
+struct Entry {
+    run: Run,
+    id: u64,
+    alias: Weak<Alias>,
+    /// Keeps it between acquisitions.
+    kept: Option<Kept>,
+}
+
+struct Kept {
+    _alias: Arc<Alias>,
+    /// Where the program has what it shows.
+    source: HostRange,
+    /// Whose objects it is kept for.
+    group: usize,
 }
 
 /// Why there is no alias.
@@ -67,61 +97,104 @@ pub(crate) enum NoAlias {
 }
 
 impl AliasCache {
-    /// The alias of `run`, if there is one already.
+    /// An alias that shows `run`, if there is one already.
     pub(crate) fn get(&self, run: Run) -> Option<Arc<Alias>> {
-        self.alive().get(&run).and_then(Weak::upgrade)
+        let alive = self.alive();
+        let same_file = alive.by_file.get(&(run.file, run.protection))?;
+        same_file.iter().find_map(|entry| if entry.run.covers(&run) { entry.alias.upgrade() } else { None })
     }
 
-    /// The alias of `run`, which is mapped at `range`: the one alive, or a new one.
+    /// An alias of `run`, which is mapped at `range`: the one alive, or a new one. One that is made for a `group` of objects is kept for it.
     ///
     /// # Errors
     /// [`NoAlias`]
-    pub(crate) fn make(self: &Arc<Self>, range: HostRange, run: Run) -> Result<Arc<Alias>, NoAlias> {
+    pub(crate) fn make(self: &Arc<Self>, range: HostRange, run: Run, group: usize) -> Result<Arc<Alias>, NoAlias> {
         if let Some(alias) = self.get(run) {
             return Ok(alias);
         }
         let made = map_again(range)?;
+        let id = {
+            let mut alive = self.alive();
+            alive.next += 1;
+            alive.next
+        };
         // INVARIANT: `made` is a new mapping that nobody else knows; what it shows is checked before anyone else can see it.
-        let new = Arc::new(Alias { range: made, run, cache: Arc::downgrade(self) });
+        let new = Arc::new(Alias { range: made, run, id, cache: Arc::downgrade(self) });
         let shown = mappings(made).ok().and_then(|shown| Run::of(&shown));
         if shown != Some(run) {
             let why = "another thread mapped something else there while an alias was made; acquire again";
             return Err(NoAlias::Fault(DeviceError::Fault { range, why, errno: libc::EAGAIN }));
         }
+        let kept = (group != 0).then(|| Kept { _alias: Arc::clone(&new), source: range, group });
         let mut alive = self.alive();
-        let kept = match alive.entry(run) {
-            Entry::Occupied(mut entry) => entry.get().upgrade().unwrap_or_else(|| {
-                entry.insert(Arc::downgrade(&new));
-                Arc::clone(&new)
-            }),
-            Entry::Vacant(entry) => {
-                entry.insert(Arc::downgrade(&new));
-                Arc::clone(&new)
-            }
-        };
+        let same_file = alive.by_file.entry((run.file, run.protection)).or_default();
+        let faster = same_file.iter().find(|entry| entry.run == run).and_then(|entry| entry.alias.upgrade());
+        if faster.is_none() {
+            same_file.push(Entry { run, id, alias: Arc::downgrade(&new), kept });
+        }
         // If another thread was faster, `new` unmaps itself, and that takes the lock again.
         drop(alive);
-        Ok(kept)
+        Ok(faster.unwrap_or(new))
     }
 
-    /// Removes the entry of an alias that is going, unless a new one has taken its place.
-    fn forget(&self, run: Run) {
-        if let Entry::Occupied(entry) = self.alive().entry(run)
-            && entry.get().strong_count() == 0
-        {
-            entry.remove();
+    /// Gives up aliases that were kept for objects over `range` and that nobody can want: none of their group's objects is left over what they show,
+    /// or the program has something else mapped at `range`. Those in use go with their last user.
+    pub(crate) fn reconsider(&self, space: &Space, range: HostRange) {
+        let over: Vec<_> = {
+            let alive = self.alive();
+            let kept = alive.by_file.values().flatten().filter_map(|entry| Some((entry, entry.kept.as_ref()?)));
+            let over = kept.filter(|(_, kept)| kept.source.overlaps(range));
+            over.map(|(entry, kept)| (entry.run, entry.id, kept.source, kept.group)).collect()
+        };
+        for (run, id, source, group) in over {
+            let mut wanted = false;
+            space.visit(source, |_, _, target| wanted |= target.group() == group);
+            if !wanted || !source.intersection(range).is_some_and(|part| shows(part, source, run)) {
+                drop(self.let_go(run, id));
+            }
         }
     }
 
-    fn alive(&self) -> MutexGuard<'_, HashMap<Run, Weak<Alias>>> {
+    /// Gives up every alias that is kept.
+    pub(crate) fn clear(&self) {
+        let kept: Vec<_> = self.alive().by_file.values_mut().flatten().filter_map(|entry| entry.kept.take()).collect();
+        drop(kept); // outside the lock, as unmapping takes it
+    }
+
+    /// Takes what keeps an alias, to be dropped outside the lock.
+    fn let_go(&self, run: Run, id: u64) -> Option<Kept> {
+        let mut alive = self.alive();
+        let same_file = alive.by_file.get_mut(&(run.file, run.protection))?;
+        same_file.iter_mut().find(|entry| entry.id == id)?.kept.take()
+    }
+
+    /// Removes the entry of an alias that is going.
+    fn forget(&self, alias: &Alias) {
+        let key = (alias.run.file, alias.run.protection);
+        let mut alive = self.alive();
+        let Some(same_file) = alive.by_file.get_mut(&key) else { return };
+        same_file.retain(|entry| entry.id != alias.id);
+        if same_file.is_empty() {
+            alive.by_file.remove(&key);
+        }
+    }
+
+    fn alive(&self) -> MutexGuard<'_, Alive> {
         // A panic under the lock can only be a failed allocation of the map, which leaves the map as it was.
         self.alive.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     #[cfg(test)]
     fn len(&self) -> usize {
-        self.alive().len()
+        self.alive().by_file.values().map(Vec::len).sum()
     }
+}
+
+/// Whether the program has at `part` still what it had there when `source` showed `run`.
+fn shows(part: HostRange, source: HostRange, run: Run) -> bool {
+    let offset = run.offset + (part.start() - source.start()) as u64;
+    let there = mappings(part).ok().and_then(|there| Run::of(&there));
+    there.is_some_and(|there| there.file == run.file && there.offset == offset && there.len == part.len())
 }
 
 /// Maps the pages at `range`, which are shared, a second time.
@@ -187,7 +260,7 @@ mod tests {
     #[test]
     fn an_alias_shows_the_same_bytes_and_outlives_the_mapping() {
         let (cache, range) = (Arc::new(AliasCache::default()), map(memfd(2), 2));
-        let alias = cache.make(range, run(range)).unwrap();
+        let alias = cache.make(range, run(range), 0).unwrap();
         assert!(!alias.range().overlaps(range));
         // SAFETY: `range` is mapped, writable, and only this test knows it.
         unsafe { byte(range).write_volatile(42) };
@@ -200,12 +273,15 @@ mod tests {
     fn equal_parts_share_one_alias_and_the_last_holder_unmaps_it() {
         let (cache, fd) = (Arc::new(AliasCache::default()), memfd(2));
         let (one, two) = (map(&fd, 2), map(&fd, 2));
-        let first = cache.make(one, run(one)).unwrap();
-        let second = cache.make(two, run(two)).unwrap();
+        let first = cache.make(one, run(one), 0).unwrap();
+        let second = cache.make(two, run(two), 0).unwrap();
         assert!(Arc::ptr_eq(&first, &second));
-        // An earlier alias that goes only now doesn't take the entry of its successor with it.
-        cache.forget(run(one));
-        assert!(cache.get(run(one)).is_some());
+        // A part of it is shown by the same alias, at its place.
+        let page = page_size();
+        let part = HostRange::new(two.start() + page, page).unwrap();
+        let tail = cache.make(part, run(part), 0).unwrap();
+        assert!(Arc::ptr_eq(&first, &tail) && tail.part(run(part)).start() == first.range().start() + page);
+        drop(tail);
         let at = first.range();
         drop(first);
         assert!(mappings(at).is_ok());
@@ -214,6 +290,52 @@ mod tests {
         assert!(!mappings(at).is_ok_and(|there| Run::of(&there) == Some(run(one))));
         unmap(one);
         unmap(two);
+    }
+
+    #[test]
+    fn a_kept_alias_goes_when_the_program_maps_something_else_there_or_nobody_is_left() {
+        let (space, cache) =
+            (Space::get(std::time::Duration::from_millis(100)).unwrap(), Arc::new(AliasCache::default()));
+        let (fd, group) = (memfd(2), 77);
+        for unmapped in [true, false] {
+            let range = map(&fd, 2);
+            let target: Arc<dyn pinfold_invalidate::Target> = Arc::new(Member(group));
+            space.insert(range, 1 << 62, target);
+            drop(cache.make(range, run(range), group).unwrap());
+            cache.reconsider(&space, range);
+            assert_eq!(cache.len(), 1, "kept while there is somebody to want it");
+            if unmapped {
+                unmap(range);
+                cache.reconsider(&space, range);
+            }
+            space.remove(range, 1 << 62);
+            if !unmapped {
+                cache.reconsider(&space, range);
+                unmap(range);
+            }
+            assert_eq!(cache.len(), 0);
+        }
+        let range = map(&fd, 2);
+        drop(cache.make(range, run(range), group).unwrap());
+        cache.clear();
+        assert_eq!(cache.len(), 0);
+        unmap(range);
+    }
+
+    struct Member(usize);
+
+    impl pinfold_invalidate::Target for Member {
+        fn invalidated(&self, _: &pinfold_invalidate::Change) {}
+
+        fn settled(self: Arc<Self>) {}
+
+        fn shards(&self) -> pinfold_invalidate::Shards {
+            pinfold_invalidate::Shards::NONE
+        }
+
+        fn group(&self) -> usize {
+            self.0
+        }
     }
 
     #[test]
@@ -227,7 +349,7 @@ mod tests {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..500 {
-                        let alias = cache.make(range, run).unwrap();
+                        let alias = cache.make(range, run, 0).unwrap();
                         // SAFETY: the alias is mapped as long as `alias` lives.
                         assert_eq!(unsafe { byte(alias.range()).read_volatile() }, 7);
                     }
@@ -241,7 +363,7 @@ mod tests {
     #[test]
     fn an_alias_of_memory_that_changed_hands_is_refused() {
         let (cache, range, other) = (Arc::new(AliasCache::default()), map(memfd(1), 1), map(memfd(1), 1));
-        let wrong = cache.make(range, run(other));
+        let wrong = cache.make(range, run(other), 0);
         assert!(matches!(wrong, Err(NoAlias::Fault(DeviceError::Fault { errno: libc::EAGAIN, .. }))));
         assert_eq!(cache.len(), 0);
         unmap(range);

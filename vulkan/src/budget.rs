@@ -5,8 +5,9 @@
 //! left in the heap. The program's own limit in bytes is the manager's affair.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use ash::vk;
 use pinfold_core::DeviceError;
 use pinfold_invalidate::HostRange;
 
@@ -18,28 +19,41 @@ use crate::gpu::Gpu;
 pub(crate) struct Allocations {
     most: u32,
     alive: AtomicU32,
+    /// Bytes of them in each heap.
+    pub(crate) bytes: [AtomicU64; vk::MAX_MEMORY_HEAPS],
 }
 
 impl Allocations {
     pub(crate) fn new(most: u32) -> Self {
-        Self { most, alive: AtomicU32::new(0) }
+        Self { most, alive: AtomicU32::new(0), bytes: [const { AtomicU64::new(0) }; vk::MAX_MEMORY_HEAPS] }
+    }
+}
+
+impl Allocations {
+    pub(crate) fn alive(&self) -> u32 {
+        self.alive.load(Ordering::Relaxed)
     }
 }
 
 /// One allocation, given back when dropped.
 pub(crate) struct Share {
     gpu: Arc<Gpu>,
+    heap: u32,
+    bytes: u64,
 }
 
 impl Share {
     /// Takes one allocation of `bytes` of `heap`, for `range`.
     pub(crate) fn take(gpu: &Arc<Gpu>, range: HostRange, heap: u32, bytes: u64) -> Result<Self, DeviceError> {
         check_heap(gpu, range, heap, bytes)?;
-        let Allocations { most, ref alive } = gpu.allocations;
+        let Allocations { most, ref alive, .. } = gpu.allocations;
         let taken =
             alive.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |alive| (alive < most).then_some(alive + 1));
         match taken {
-            Ok(_) => Ok(Self { gpu: Arc::clone(gpu) }),
+            Ok(_) => {
+                gpu.allocations.bytes[heap as usize].fetch_add(bytes, Ordering::Relaxed);
+                Ok(Self { gpu: Arc::clone(gpu), heap, bytes })
+            }
             Err(_) => {
                 let what = "device memory in an allocation of their own (maxMemoryAllocationCount is reached)";
                 Err(DeviceError::Budget { range, what, needed: bytes, available: 0 })
@@ -54,7 +68,9 @@ impl Share {
 
 impl Drop for Share {
     fn drop(&mut self) {
-        self.gpu.allocations.alive.fetch_sub(1, Ordering::Relaxed);
+        let Allocations { alive, bytes, .. } = &self.gpu.allocations;
+        bytes[self.heap as usize].fetch_sub(self.bytes, Ordering::Relaxed);
+        alive.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use ash::vk;
 
-use crate::SetupError;
+use crate::{SetupError, Uploads};
 
 /// The device that imports go to. The handles stay the program's: nothing here is destroyed by Pinfold.
 #[derive(Clone)]
@@ -43,6 +43,14 @@ impl fmt::Debug for DeviceContext {
 pub struct Config {
     /// The path that every range takes, whatever the device says. `PINFOLD_FORCE` in the environment wins over this.
     pub force: Option<Force>,
+    /// Where mirrors are. Default: where the device reads them best.
+    pub mirrors: MirrorPlace,
+    /// A queue that mirrors in device memory are filled through. Default: none, and then mirrors are where the program sees them, too.
+    pub uploads: Option<Uploads>,
+    /// Promises that shared memory and files, where they are mirrored, are written through the registered mappings only: not through another
+    /// mapping, not by another process, not by `write`. Then mirrors of them copy only what was written, too. Default: no, and they are copied in
+    /// full at every acquire.
+    pub sole_writer: bool,
     /// As in [`pinfold_core::Config::deadline`].
     pub deadline: Duration,
     /// As in [`pinfold_core::Config::budget`].
@@ -59,7 +67,17 @@ impl Default for Config {
     fn default() -> Self {
         let pinfold_core::Config { deadline, budget, inline_limit, watch_socket, close_limit, .. } =
             pinfold_core::Config::default();
-        Self { force: None, deadline, budget, inline_limit, watch_socket, close_limit }
+        Self {
+            force: None,
+            mirrors: MirrorPlace::default(),
+            uploads: None,
+            sole_writer: false,
+            deadline,
+            budget,
+            inline_limit,
+            watch_socket,
+            close_limit,
+        }
     }
 }
 
@@ -76,10 +94,23 @@ impl Config {
     }
 }
 
+/// Where the copy of an object is. What the device writes is always copied where the program sees it, too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum MirrorPlace {
+    /// In device memory if the device is a discrete one and there are [`Uploads`](Config::uploads), else where the program sees it, too.
+    #[default]
+    Auto,
+    /// In memory that the program and the device both see.
+    HostVisible,
+    /// In the device's own memory, which is filled through [`Config::uploads`].
+    DeviceLocal,
+}
+
 /// A path that is taken whatever trials say, for people who debug. Tools that replay a program need `Mirror`, for example.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Force {
-    /// Every object is a copy. Objects that the device writes can't be acquired.
+    /// Every object is a copy. What the device writes comes back where it is declared
+    /// ([`declare_written`](pinfold_core::Lease::declare_written)).
     Mirror,
     /// Every object is an import of the program's own mapping. No mirror stands in: a refusal is an error.
     Import,

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -9,16 +10,18 @@ use std::time::Duration;
 
 use ash::vk;
 use pinfold_core::{Access, Device, DeviceError, MirrorReason, Path, Policy, Preparation, Request, Ticket};
-use pinfold_invalidate::page_size;
+use pinfold_invalidate::{HostRange, Space, mappings, page_size};
 
 use crate::admission::admit;
 use crate::alias::{Alias, AliasCache, NoAlias};
+use crate::block::Blocks;
 use crate::completion::{Completion, Signal};
 use crate::gpu::Gpu;
 use crate::import::{Import, NotImported, Store, import, imported, usage};
-use crate::mirror::{MirrorHeap, mirror, refresh};
-use crate::path::{MappingKind, Plan, Rules, decide, is_mirror_cheaper};
+use crate::mirror::{MirrorHeap, mirror};
+use crate::path::{MappingKind, Plan, Rules, Run, decide, is_mirror_cheaper};
 use crate::probe::{Costs, Trial, TrialResult, Trials};
+use crate::upload::Uploader;
 use crate::{Capabilities, Config, DeviceContext, Force, SetupError, Support};
 
 /// One Vulkan device that host memory can be given to.
@@ -30,7 +33,10 @@ pub struct VulkanDevice {
     gpu: Arc<Gpu>,
     trials: Trials,
     aliases: Arc<AliasCache>,
+    blocks: Arc<Blocks>,
     mirrors: Arc<MirrorHeap>,
+    /// Where the engine has lent a queue for it.
+    uploader: Option<Arc<Uploader>>,
     rules: Rules,
     /// The answer that [`Device::wait_idle`] did not wait for to the end.
     waiting: Mutex<Option<Receiver<Result<(), vk::Result>>>>,
@@ -42,7 +48,8 @@ pub struct Prepared(Chosen);
 
 enum Chosen {
     Import,
-    Alias(Arc<Alias>),
+    /// An alias, and the part of it that shows the range.
+    Alias(Arc<Alias>, HostRange),
     Mirror(MirrorReason),
 }
 
@@ -50,7 +57,7 @@ impl fmt::Debug for Chosen {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Import => f.write_str("Import"),
-            Self::Alias(alias) => write!(f, "Alias({})", alias.range()),
+            Self::Alias(_, part) => write!(f, "Alias({part})"),
             Self::Mirror(reason) => write!(f, "Mirror({reason:?})"),
         }
     }
@@ -66,7 +73,8 @@ impl VulkanDevice {
     /// Takes a device into use.
     ///
     /// # Errors
-    /// [`SetupError::BadForce`], [`SetupError::NotEnabled`], [`SetupError::Allocator`].
+    /// [`SetupError::BadForce`], [`SetupError::NotEnabled`], [`SetupError::Allocator`], [`SetupError::NoUploads`], [`SetupError::Vulkan`],
+    /// [`SetupError::Manager`].
     ///
     /// # Safety
     /// 1. `context` is what its fields say: the handles belong together, and exactly the extensions listed (or more) were enabled.
@@ -84,11 +92,18 @@ impl VulkanDevice {
             imports: gpu.caps.import == Support::Usable,
             aliases: gpu.caps.import_alignment <= page_size() as u64,
         };
+        let space = Space::get(config.deadline).map_err(pinfold_core::Error::from)?;
+        let mirrors = Arc::new(MirrorHeap::new(&gpu, &space, config)?);
+        let lent = config.uploads.clone().map(|uploads| Uploader::new(&gpu, &mirrors, uploads).map(Arc::new));
+        let uploader =
+            lent.transpose().map_err(|code| SetupError::Vulkan { call: "making a command pool and a fence", code })?;
         Ok(Self {
             completion: Completion::new(&gpu),
             trials: Trials::default(),
             aliases: Arc::default(),
-            mirrors: Arc::new(MirrorHeap::new(&gpu)?),
+            blocks: Blocks::new(&space),
+            mirrors,
+            uploader,
             rules,
             gpu,
             waiting: Mutex::new(None),
@@ -133,6 +148,18 @@ impl VulkanDevice {
         }
     }
 
+    /// Memory allocations of the device that imports have at this moment.
+    #[must_use]
+    pub fn allocations(&self) -> u32 {
+        self.gpu.allocations.alive()
+    }
+
+    /// Bytes that mirrors have copied from the program's memory so far.
+    #[must_use]
+    pub fn copied_bytes(&self) -> u64 {
+        self.mirrors.copied()
+    }
+
     /// The path that is forced, by the environment or the configuration.
     #[must_use]
     pub fn forced(&self) -> Option<Force> {
@@ -148,11 +175,6 @@ impl VulkanDevice {
         let forced = matches!(self.rules.force, Some(Force::Import | Force::Alias));
         if forced || (request.policy == Policy::Import && self.rules.force.is_none()) {
             return Err(self.gpu.failed(call, request.range, code));
-        }
-        if request.access == Access::ReadWrite {
-            let why = "the device can't import this memory, and what it writes can't be a copy; use Access::Read, or memory of a kind that \
-                       the device imports (the trial table lists them)";
-            return Err(DeviceError::Fault { range: request.range, why, errno: libc::EOPNOTSUPP });
         }
         Ok(Chosen::Mirror(reason))
     }
@@ -183,14 +205,37 @@ impl VulkanDevice {
         Ok(answer)
     }
 
-    fn imported(&self, request: &Request<'_>, alias: Option<Arc<Alias>>) -> Result<Import, NotImported> {
-        let (path, range, usage) = match &alias {
+    fn imported(&self, request: &Request<'_>, alias: Option<(&Arc<Alias>, HostRange)>) -> Result<Import, NotImported> {
+        let (path, usage) = match alias {
             // What the device may do depends on the mapping it goes through.
-            Some(alias) => (Path::AliasImport, alias.range(), usage(&self.gpu, [alias.protection()])),
-            None => (Path::Import, request.range, self.usage(request)),
+            Some((alias, _)) => (Path::AliasImport, usage(&self.gpu, [alias.protection()])),
+            None => (Path::Import, self.usage(request)),
         };
-        let pieces = import(&self.gpu, request, range, usage)?;
-        Ok(imported(path, pieces, alias))
+        let pieces = import(&self.gpu, Some(&self.blocks), request, alias, usage)?;
+        Ok(imported(path, pieces))
+    }
+
+    fn mirror(&self, request: &Request<'_>, reason: MirrorReason) -> Result<Import, DeviceError> {
+        mirror(&self.mirrors, self.uploader.as_ref(), request, Path::Mirror(reason), self.usage(request))
+    }
+
+    /// A new alias of the request's range, or better of all of the mapping around it, for its neighbours.
+    fn make_alias(&self, request: &Request<'_>, run: Run) -> Result<Arc<Alias>, NoAlias> {
+        if let Some((whole, all)) = self.around(request, run)
+            && let Ok(alias) = self.aliases.make(whole, all, request.group)
+        {
+            return Ok(alias);
+        }
+        self.aliases.make(request.range, run, request.group)
+    }
+
+    /// The whole of the mapping around a range, and what it shows, if nobody watches any of it.
+    fn around(&self, request: &Request<'_>, run: Run) -> Option<(HostRange, Run)> {
+        let (first, last) = (request.mappings.first()?.whole, request.mappings.last()?.whole);
+        let whole = HostRange::new(first.start(), last.end() - first.start()).ok()?;
+        let all = Run::of(&mappings(whole).ok()?)?;
+        let wanted = request.group != 0 && !self.blocks.space.is_watched(whole);
+        (wanted && all.covers(&run)).then_some((whole, all))
     }
 
     fn usage(&self, request: &Request<'_>) -> vk::BufferUsageFlags {
@@ -220,10 +265,13 @@ impl Device for VulkanDevice {
         let alias = match self.aliases.get(run) {
             Some(alias) => Ok(alias),
             None if request.watched => return Ok(Preparation::NeedsUnwatched),
-            None => self.aliases.make(request.range, run),
+            None => self.make_alias(request, run),
         };
         match alias {
-            Ok(alias) => Ok(Preparation::Ready(Prepared(Chosen::Alias(alias)))),
+            Ok(alias) => {
+                let part = alias.part(run);
+                Ok(Preparation::Ready(Prepared(Chosen::Alias(alias, part))))
+            }
             Err(NoAlias::Fault(fault)) => Err(fault),
             Err(NoAlias::Impossible(errno)) if self.rules.force == Some(Force::Alias) => Err(DeviceError::Failed {
                 call: "mremap (making an alias)",
@@ -241,8 +289,8 @@ impl Device for VulkanDevice {
         admit(request.mappings, request.access)?;
         let imported = match prepared.0 {
             Chosen::Import => self.imported(request, None),
-            Chosen::Alias(alias) => self.imported(request, Some(alias)),
-            Chosen::Mirror(reason) => return mirror(&self.mirrors, request, Path::Mirror(reason), self.usage(request)),
+            Chosen::Alias(alias, part) => self.imported(request, Some((&alias, part))),
+            Chosen::Mirror(reason) => return self.mirror(request, reason),
         };
         match imported {
             Ok(import) => Ok(import),
@@ -250,21 +298,55 @@ impl Device for VulkanDevice {
             Err(NotImported::Refused { call, code }) => {
                 let reason = MirrorReason::Refused(code.as_raw());
                 self.mirrored(request, reason, call)?;
-                mirror(&self.mirrors, request, Path::Mirror(reason), self.usage(request))
+                self.mirror(request, reason)
             }
         }
     }
 
-    fn refresh(&self, import: &Import, request: &Request<'_>) -> Result<(), DeviceError> {
+    fn refresh(&self, import: &Import, _: &Request<'_>) -> Result<(), DeviceError> {
         self.gpu.check_alive()?;
         match import.store() {
             Store::Imported(_) => Ok(()),
-            Store::Mirrored(pieces) => refresh(pieces, request.range),
+            Store::Mirrored(mirror) => mirror.refresh(),
         }
     }
 
+    fn expect_writes(&self, import: &Import, written: &[Range<usize>]) {
+        if let Store::Mirrored(mirror) = import.store() {
+            mirror.expect(written);
+        }
+    }
+
+    fn write_back(
+        &self,
+        import: &Import,
+        _: HostRange,
+        written: &[Range<usize>],
+        is_current: &dyn Fn(HostRange) -> bool,
+    ) -> Result<(), DeviceError> {
+        match import.store() {
+            Store::Imported(_) => Ok(()),
+            Store::Mirrored(mirror) => mirror.write_back(written, is_current),
+        }
+    }
+
+    fn forget_writes(&self, import: &Import, written: &[Range<usize>]) {
+        if let Store::Mirrored(mirror) = import.store() {
+            mirror.forget(written);
+        }
+    }
+
+    fn unregistered(&self, range: HostRange) {
+        self.aliases.reconsider(&self.blocks.space, range);
+    }
+
     fn release(&self, import: Import) {
+        let program = import.alias_of();
         drop(import);
+        // If the program has mapped something else there, nobody will want the alias again.
+        if let Some(range) = program {
+            self.aliases.reconsider(&self.blocks.space, range);
+        }
     }
 
     fn path(&self, import: &Import) -> Path {
@@ -295,6 +377,7 @@ impl Device for VulkanDevice {
     }
 
     fn shut_down(&self) {
+        self.aliases.clear();
         self.completion.finish();
     }
 }

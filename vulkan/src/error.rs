@@ -32,6 +32,11 @@ pub enum SetupError {
         /// What it is.
         value: String,
     },
+    /// Mirrors are to be in device memory, which only a queue can fill.
+    #[error(
+        "mirrors in device memory need a queue to be filled through; set Config::uploads, or leave Config::mirrors alone"
+    )]
+    NoUploads,
     /// A Vulkan command failed.
     #[error("{call} failed: {code}")]
     Vulkan {

@@ -151,7 +151,9 @@ impl Gpu {
         // SAFETY: the device is live, and the chained structure is of an enabled extension.
         unsafe { self.context.instance.get_physical_device_memory_properties2(self.context.physical, &mut properties) };
         let heap = heap as usize;
-        Some(budget.heap_budget[heap].saturating_sub(budget.heap_usage[heap]))
+        // Some drivers book imports on another heap, or not at all; the sum of our own is the least there can be in use.
+        let ours = self.allocations.bytes[heap].load(Ordering::Relaxed);
+        Some(budget.heap_budget[heap].saturating_sub(budget.heap_usage[heap].max(ours)))
     }
 
     /// Gives a Vulkan object of ours a name in debug tools. A name that can't be given is no error.

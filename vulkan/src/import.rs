@@ -15,9 +15,9 @@ use pinfold_core::{Access, DeviceError, Path, Request};
 use pinfold_invalidate::{HostRange, Protection};
 
 use crate::alias::Alias;
-use crate::budget::Share;
-use crate::gpu::{Gpu, OwnedBuffer, OwnedMemory};
-use crate::mirror::MirrorPiece;
+use crate::block::{Block, Blocks, Listed};
+use crate::gpu::{Gpu, OwnedBuffer};
+use crate::mirror::Mirror;
 
 /// An object's bytes on the device. A lease shows it; it lives until the last lease and the last unfinished work that name it are gone.
 ///
@@ -36,9 +36,7 @@ pub struct Import {
     pub size: vk::DeviceSize,
     chunks: Box<[Chunk]>,
     path: Path,
-    // Dropped in this order: buffers and device memory first, then the mapping under them.
     store: Store,
-    _alias: Option<Arc<Alias>>,
 }
 
 /// A part of an object in a buffer of its own.
@@ -56,8 +54,8 @@ pub struct Chunk {
 
 /// What keeps the buffers alive.
 pub(crate) enum Store {
-    Imported(#[allow(dead_code, reason = "held for its drop")] Box<[ImportPiece]>),
-    Mirrored(Box<[MirrorPiece]>),
+    Imported(Box<[ImportPiece]>),
+    Mirrored(Mirror),
 }
 
 impl Import {
@@ -74,17 +72,20 @@ impl Import {
         self.path
     }
 
+    /// Where the program has the first page of it, if it is an import of an alias.
+    pub(crate) fn alias_of(&self) -> Option<HostRange> {
+        match &self.store {
+            Store::Imported(pieces) => pieces.first()?.block.alias_of(),
+            Store::Mirrored(_) => None,
+        }
+    }
+
     pub(crate) fn store(&self) -> &Store {
         &self.store
     }
 
     /// The import whose chunks hold `sizes` bytes each, every one at the start of its buffer.
-    pub(crate) fn new(
-        path: Path,
-        pieces: impl Iterator<Item = (vk::Buffer, u64)>,
-        store: Store,
-        alias: Option<Arc<Alias>>,
-    ) -> Self {
+    pub(crate) fn new(path: Path, pieces: impl Iterator<Item = (vk::Buffer, u64)>, store: Store) -> Self {
         let mut at = 0;
         let chunks: Box<[Chunk]> = pieces
             .map(|(buffer, size)| {
@@ -94,7 +95,7 @@ impl Import {
             })
             .collect();
         let Chunk { buffer, offset, size, .. } = *chunks.first().expect("a range is never empty, so it has a chunk");
-        Self { buffer, offset, size, chunks, path, store, _alias: alias }
+        Self { buffer, offset, size, chunks, path, store }
     }
 }
 
@@ -107,7 +108,7 @@ impl fmt::Debug for Import {
 /// One chunk's buffer and the imported memory under it. Dropped in this order.
 pub(crate) struct ImportPiece {
     buffer: OwnedBuffer,
-    _memory: OwnedMemory,
+    block: Arc<Block>,
     size: u64,
 }
 
@@ -121,7 +122,7 @@ pub(crate) enum NotImported {
 }
 
 impl NotImported {
-    fn refused(gpu: &Gpu, call: &'static str) -> impl Fn(vk::Result) -> Self {
+    pub(crate) fn refused(gpu: &Gpu, call: &'static str) -> impl Fn(vk::Result) -> Self {
         let lost = gpu.is_lost();
         move |code| {
             if lost || code == vk::Result::ERROR_DEVICE_LOST {
@@ -133,7 +134,7 @@ impl NotImported {
     }
 }
 
-const EXTERNAL: vk::ExternalMemoryHandleTypeFlags = vk::ExternalMemoryHandleTypeFlags::HOST_ALLOCATION_EXT;
+pub(crate) const EXTERNAL: vk::ExternalMemoryHandleTypeFlags = vk::ExternalMemoryHandleTypeFlags::HOST_ALLOCATION_EXT;
 
 /// The usages of buffers that nobody can write through.
 const READING: vk::BufferUsageFlags = vk::BufferUsageFlags::from_raw(
@@ -165,29 +166,35 @@ pub(crate) fn usage(gpu: &Gpu, protections: impl IntoIterator<Item = Protection>
     usage
 }
 
-/// Imports the pages at `range`: those of the request itself, or of its alias.
+/// Imports the request's pages, through its own mapping or through `alias` (and the part of it that shows the request's pages). With `blocks`,
+/// memory that is imported already is used again.
 ///
 /// # Errors
 /// [`NotImported`]; nothing is held then.
 pub(crate) fn import(
     gpu: &Arc<Gpu>,
+    blocks: Option<&Arc<Blocks>>,
     request: &Request<'_>,
-    range: HostRange,
+    alias: Option<(&Arc<Alias>, HostRange)>,
     usage: vk::BufferUsageFlags,
 ) -> Result<Box<[ImportPiece]>, NotImported> {
     // An alias has no neighbours that rounding could reach: it is only made where none is needed.
-    let limits = if range == request.range { room(request) } else { (range.start(), range.end()) };
+    let (range, limits) = match alias {
+        Some((_, part)) => (part, (part.start(), part.end())),
+        None => (request.range, room(request)),
+    };
     let Some(cuts) = cut(range, limits, gpu.caps.import_alignment, gpu.caps.chunk_size) else {
         let code = vk::Result::ERROR_INVALID_EXTERNAL_HANDLE;
         return Err(NotImported::Refused { call: "rounding out to minImportedHostPointerAlignment", code });
     };
-    cuts.iter().map(|cut| import_piece(gpu, request, cut, usage)).collect()
+    let ground = Ground { gpu, blocks, request, alias, usage };
+    cuts.iter().map(|cut| ground.piece(cut)).collect()
 }
 
 /// The chunks of an import.
-pub(crate) fn imported(path: Path, pieces: Box<[ImportPiece]>, alias: Option<Arc<Alias>>) -> Import {
+pub(crate) fn imported(path: Path, pieces: Box<[ImportPiece]>) -> Import {
     let chunks: Vec<_> = pieces.iter().map(|piece| (piece.buffer.raw, piece.size)).collect();
-    Import::new(path, chunks.into_iter(), Store::Imported(pieces), alias)
+    Import::new(path, chunks.into_iter(), Store::Imported(pieces))
 }
 
 /// How far the request's range may be rounded out: not at all if the device writes, else to the ends of the outermost mappings.
@@ -226,63 +233,97 @@ fn cut(range: HostRange, room: (usize, usize), alignment: u64, chunk: u64) -> Op
     Some(cuts)
 }
 
-fn import_piece(
-    gpu: &Arc<Gpu>,
-    request: &Request<'_>,
-    cut: &Cut,
+/// What all pieces of one import have in common.
+struct Ground<'a> {
+    gpu: &'a Arc<Gpu>,
+    blocks: Option<&'a Arc<Blocks>>,
+    request: &'a Request<'a>,
+    alias: Option<(&'a Arc<Alias>, HostRange)>,
     usage: vk::BufferUsageFlags,
-) -> Result<ImportPiece, NotImported> {
-    let Some(host_memory) = &gpu.host_memory else {
-        return Err(NotImported::Refused {
-            call: "VK_EXT_external_memory_host",
-            code: vk::Result::ERROR_EXTENSION_NOT_PRESENT,
-        });
-    };
-    let refused = |call| NotImported::refused(gpu, call);
-    let no = |call, code| Err(refused(call)(code));
-    let pointer = std::ptr::with_exposed_provenance_mut(cut.memory.0);
-    let (memory_size, size) = ((cut.memory.1 - cut.memory.0) as u64, (cut.object.1 - cut.object.0) as u64);
-    let remainder = (cut.object.0 - cut.memory.0) as u64;
+}
 
-    let mut pointed = vk::MemoryHostPointerPropertiesEXT::default();
-    let query = host_memory.fp().get_memory_host_pointer_properties_ext;
-    // SAFETY: the device is live and has the command; `pointer` is aligned as it asks, in mapped memory that passed admission.
-    let answer = unsafe { query(gpu.device().handle(), EXTERNAL, pointer, &raw mut pointed) };
-    answer.result().map_err(|code| gpu.saw(code)).map_err(refused("vkGetMemoryHostPointerPropertiesEXT"))?;
-
-    let mut external = vk::ExternalMemoryBufferCreateInfo::default().handle_types(EXTERNAL);
-    let info = vk::BufferCreateInfo::default().size(size).usage(usage).push_next(&mut external);
-    let buffer = OwnedBuffer::new(gpu, &info, request.label).map_err(refused("vkCreateBuffer"))?;
-    let needs = buffer.requirements();
-    if !remainder.is_multiple_of(needs.alignment) || remainder + needs.size > memory_size {
-        return no("vkGetBufferMemoryRequirements", vk::Result::ERROR_INVALID_EXTERNAL_HANDLE);
+impl Ground<'_> {
+    /// A buffer on a block that exists, on one that it shares with its neighbours, or on one of its own.
+    fn piece(&self, cut: &Cut) -> Result<ImportPiece, NotImported> {
+        let buffer = self.buffer(cut)?;
+        let needs = buffer.requirements();
+        let imported = HostRange::new(cut.memory.0, cut.memory.1 - cut.memory.0).expect("whole pages of a mapping");
+        let program = self.moved(imported, self.program_offset());
+        let sharing = self.blocks.filter(|_| Blocks::shares(self.request) && !self.request.discarded);
+        let _turn = sharing.and_then(|blocks| blocks.turn(self.request.range));
+        if let Some(blocks) = sharing {
+            if let Some(block) = blocks.find(program, imported).filter(|block| block.suits(needs.memory_type_bits)) {
+                return self.put(buffer, block, cut);
+            }
+            if let Some((wide, listed)) = blocks.neighbourhood(self.request).filter(|(wide, _)| wide.covers(program)) {
+                let through = self.moved(wide, self.program_offset().wrapping_neg());
+                let within = self.alias.is_none_or(|(alias, _)| alias.range().covers(through));
+                // What can't be had for all of them may still be had for one.
+                let aligned =
+                    (through.start() as u64 | through.len() as u64).is_multiple_of(self.gpu.caps.import_alignment);
+                if within
+                    && aligned
+                    && let Ok(block) = self.block((wide, through), needs.memory_type_bits, Some(listed))
+                    && block.suits(needs.memory_type_bits)
+                {
+                    return self.put(buffer, block, cut);
+                }
+            }
+        }
+        // Pages that were only rounded out into are not watched, so nobody else may be put on them.
+        let whole = self.request.range.covers(program);
+        let shared = sharing.filter(|blocks| whole && blocks.has_company(self.request, program));
+        let listed = shared.map(|blocks| blocks.list(program));
+        let block = self.block((program, imported), needs.memory_type_bits, listed)?;
+        self.put(buffer, block, cut)
     }
-    let Some(kind) = memory_type(&gpu.memory, pointed.memory_type_bits, needs.memory_type_bits) else {
-        return no("choosing a host-coherent memory type", vk::Result::ERROR_INVALID_EXTERNAL_HANDLE);
-    };
 
-    let heap = gpu.memory.memory_types[kind as usize].heap_index;
-    let share = Share::take(gpu, request.range, heap, memory_size).map_err(NotImported::Stop)?;
-    let mut host = vk::ImportMemoryHostPointerInfoEXT::default().handle_type(EXTERNAL).host_pointer(pointer);
-    let mut flags = vk::MemoryAllocateFlagsInfo::default().flags(vk::MemoryAllocateFlags::DEVICE_ADDRESS);
-    let mut info =
-        vk::MemoryAllocateInfo::default().allocation_size(memory_size).memory_type_index(kind).push_next(&mut host);
-    if gpu.context.buffer_device_address {
-        info = info.push_next(&mut flags);
+    fn buffer(&self, cut: &Cut) -> Result<OwnedBuffer, NotImported> {
+        let mut external = vk::ExternalMemoryBufferCreateInfo::default().handle_types(EXTERNAL);
+        let size = (cut.object.1 - cut.object.0) as u64;
+        let info = vk::BufferCreateInfo::default().size(size).usage(self.usage).push_next(&mut external);
+        let refused = NotImported::refused(self.gpu, "vkCreateBuffer");
+        OwnedBuffer::new(self.gpu, &info, self.request.label).map_err(refused)
     }
-    // SAFETY: pointer and size are multiples of the alignment that the device asks for, inside mapped memory that passed admission; who
-    // registered the range has promised that it stays mapped while the import lives or that every change of it is seen in time.
-    let memory = unsafe { OwnedMemory::new(share, &info, request.label) }.map_err(refused("vkAllocateMemory"))?;
-    // SAFETY: the buffer is new and unbound, fits by size and alignment (checked above), both were made for the same handle type, and the
-    // memory is dropped after the buffer. A type outside the buffer's own bits is tried only where the two sets have nothing in common:
-    // such drivers contradict themselves, and then their answer to the bind decides.
-    unsafe { buffer.bind(memory.raw, remainder) }.map_err(refused("vkBindBufferMemory"))?;
-    Ok(ImportPiece { buffer, _memory: memory, size })
+
+    fn block(
+        &self,
+        place: (HostRange, HostRange),
+        buffer_bits: u32,
+        listed: Option<Listed>,
+    ) -> Result<Arc<Block>, NotImported> {
+        let alias = self.alias.map(|(alias, _)| alias);
+        Block::new(self.gpu, self.blocks, self.request, place, alias, buffer_bits, listed)
+    }
+
+    /// Binds a new buffer to its place in a block.
+    fn put(&self, buffer: OwnedBuffer, block: Arc<Block>, cut: &Cut) -> Result<ImportPiece, NotImported> {
+        let (needs, offset) = (buffer.requirements(), block.offset_of(cut.object.0));
+        if !offset.is_multiple_of(needs.alignment) || offset + needs.size > block.len() {
+            let code = vk::Result::ERROR_INVALID_EXTERNAL_HANDLE;
+            return Err(NotImported::Refused { call: "vkGetBufferMemoryRequirements", code });
+        }
+        // SAFETY: the buffer is new and unbound, fits by size and alignment (checked above), both were made for the same handle type, and the
+        // memory is dropped after the buffer. A type outside the buffer's own bits is tried only where the two sets have nothing in common:
+        // such drivers contradict themselves, and then their answer to the bind decides.
+        unsafe { buffer.bind(block.memory(), offset) }.map_err(NotImported::refused(self.gpu, "vkBindBufferMemory"))?;
+        Ok(ImportPiece { buffer, block, size: (cut.object.1 - cut.object.0) as u64 })
+    }
+
+    /// What has to be added to an imported address to get the program's.
+    fn program_offset(&self) -> usize {
+        let imported = self.alias.map_or(self.request.range, |(_, part)| part);
+        self.request.range.start().wrapping_sub(imported.start())
+    }
+
+    fn moved(&self, range: HostRange, by: usize) -> HostRange {
+        HostRange::new(range.start().wrapping_add(by), range.len()).expect("the program and its alias are user space")
+    }
 }
 
 /// The best memory type for an import: among those that pointer and buffer both allow, or, where the two sets have nothing in common, among
 /// the pointer's. Host-coherent always, so that nobody has to flush; host-cached if possible, because the program reads this memory too.
-fn memory_type(memory: &vk::PhysicalDeviceMemoryProperties, pointer: u32, buffer: u32) -> Option<u32> {
+pub(crate) fn memory_type(memory: &vk::PhysicalDeviceMemoryProperties, pointer: u32, buffer: u32) -> Option<u32> {
     let allowed = if pointer & buffer != 0 { pointer & buffer } else { pointer };
     let with = |flags| {
         let fits = |&kind: &u32| {

@@ -42,7 +42,7 @@
 //! | --- | --- | --- |
 //! | private: anonymous, `[heap]`, a private file mapping | [`Path::Import`] of the program's mapping | held off; after the deadline, a CPU driver crashes the process |
 //! | shared: memfd, `/dev/shm`, a shared file mapping | [`Path::AliasImport`] through a second mapping of ours | held off; after the deadline, the device goes on with the same pages |
-//! | the device refuses that kind of memory, or this range | [`Path::Mirror`] if the device only reads, else an error | the device has a copy |
+//! | the device refuses that kind of memory, or this range | [`Path::Mirror`] | the device has a copy |
 //! | without permission (`PROT_NONE`), device memory, a hole | an error | |
 //!
 //! A range over private and shared memory, or over parts of several files, is imported as it is. What a device refuses is found out by trial,
@@ -63,10 +63,12 @@ mod readme {}
 
 mod admission;
 mod alias;
+mod block;
 mod budget;
 mod caps;
 mod completion;
 mod config;
+mod copy;
 mod device;
 mod error;
 mod gpu;
@@ -76,10 +78,11 @@ mod mirror;
 mod path;
 mod probe;
 mod requirements;
+mod upload;
 
 pub use caps::{Capabilities, Support};
 pub use completion::{Signal, Timeline};
-pub use config::{Config, DeviceContext, Force};
+pub use config::{Config, DeviceContext, Force, MirrorPlace};
 pub use device::{Prepared, VulkanDevice};
 pub use error::SetupError;
 pub use import::{Chunk, Import};
@@ -92,6 +95,7 @@ pub use pinfold_core::{
 };
 pub use probe::{Costs, Trial, TrialResult};
 pub use requirements::{Features, Requirements, requirements};
+pub use upload::Uploads;
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!("pinfold needs 64-bit Linux");

@@ -1,44 +1,58 @@
-//! The way out for memory that a device can't import: a copy in memory of the device, refreshed at every acquire.
+//! The way out for memory that a device can't import, or that is better copied: a copy in memory of the device, made current at every acquire.
 //!
-//! The program's memory may vanish while it is read (another thread unmaps it, another process truncates the file), and then a plain copy
-//! would kill the process. So the kernel copies: `process_vm_readv` on ourselves answers `EFAULT` where a load would raise a signal. Where
-//! a sandbox forbids that call, `/proc/self/mem` does the same.
+//! **Problem.** A copy is out of date as soon as it is made, and making it anew costs what the memory costs.
 //!
-//! The device may read the copy while it is refreshed, exactly as it may read an import while the program writes; so there is never a
-//! Rust reference to these bytes, only raw pointers.
+//! **Law.** Whoever has acquired an object finds in its mirror every write of the program that came before. What the device writes comes back
+//! where it was declared, and is not overwritten by an older copy meanwhile.
+//!
+//! **Protocol.** Where the kernel tells which pages were written ([`DirtyCursor`]), only those are copied: asked first, which protects them again,
+//! then copied, under the mirror's lock, so that an acquire that finds nothing to copy doesn't overtake one that is copying. Where a copy fails,
+//! all is copied the next time. Bytes that unfinished work is to write are left out, and are copied once after it.
+//!
+//! Only writes through the registered mapping are told. So the mirror of shared memory or of a file is copied in full, unless the program has
+//! said that nobody writes in another way ([`Config::sole_writer`](crate::Config::sole_writer)).
 
-use std::fs::File;
-use std::io;
-use std::os::fd::AsRawFd;
-use std::ptr::{self, NonNull};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::ops::Range;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ash::vk;
 use gpu_allocator::vulkan::{Allocation, AllocationCreateDesc, AllocationScheme, Allocator, AllocatorCreateDesc};
 use gpu_allocator::{AllocationError, AllocationSizes, AllocatorDebugSettings, MemoryLocation};
 use nix::errno::Errno;
-use pinfold_core::{DeviceError, Path, Request};
-use pinfold_invalidate::HostRange;
-use rayon::iter::{IntoParallelIterator, ParallelIterator};
+use pinfold_core::{Access, Coverage, DeviceError, Path, Request};
+use pinfold_invalidate::{Backing, DirtyCursor, HostRange, Space, Taken};
 
-use crate::SetupError;
 use crate::budget::check_heap;
+use crate::copy::{self, Piece};
 use crate::gpu::{Gpu, OwnedBuffer};
 use crate::import::{Import, Store};
+use crate::upload::Uploader;
+use crate::{Config, MirrorPlace, SetupError};
 
 /// Blocks that small mirrors share start at this size and double up to [`LARGEST_BLOCK`]. A larger mirror gets memory of its own.
 const FIRST_BLOCK: u64 = 4 << 20;
 const LARGEST_BLOCK: u64 = 64 << 20;
+/// Results are brought back in parts of this many bytes, each after a look at whether the memory is still the object's.
+const BACK: usize = 1 << 20;
 
 /// Where mirrors get their memory from.
 pub(crate) struct MirrorHeap {
     gpu: Arc<Gpu>,
+    space: Arc<Space>,
     /// Driver calls happen under this lock, so nothing that a thread waiting for the device needs may be behind it.
     allocator: Mutex<Allocator>,
+    /// The families of the queues that use mirrors, if they are several.
+    families: Box<[u32]>,
+    place: MirrorPlace,
+    sole_writer: bool,
+    /// Bytes copied so far.
+    copied: AtomicU64,
 }
 
 impl MirrorHeap {
-    pub(crate) fn new(gpu: &Arc<Gpu>) -> Result<Self, SetupError> {
+    pub(crate) fn new(gpu: &Arc<Gpu>, space: &Arc<Space>, config: &Config) -> Result<Self, SetupError> {
         let context = &gpu.context;
         let allocator = Allocator::new(&AllocatorCreateDesc {
             instance: context.instance.clone(),
@@ -50,15 +64,68 @@ impl MirrorHeap {
                 .with_max_device_memblock_size(LARGEST_BLOCK)
                 .with_max_host_memblock_size(LARGEST_BLOCK),
         });
-        Ok(Self { gpu: Arc::clone(gpu), allocator: Mutex::new(allocator.map_err(SetupError::Allocator)?) })
+        let discrete = gpu.caps.device_type == vk::PhysicalDeviceType::DISCRETE_GPU;
+        let place = match (config.mirrors, &config.uploads) {
+            (MirrorPlace::DeviceLocal, None) => return Err(SetupError::NoUploads),
+            (MirrorPlace::Auto, Some(_)) if discrete => MirrorPlace::DeviceLocal,
+            (MirrorPlace::Auto, _) => MirrorPlace::HostVisible,
+            (place, _) => place,
+        };
+        Ok(Self {
+            gpu: Arc::clone(gpu),
+            space: Arc::clone(space),
+            allocator: Mutex::new(allocator.map_err(SetupError::Allocator)?),
+            families: config.uploads.as_ref().map_or_else(Box::default, |uploads| uploads.families().into()),
+            place,
+            sole_writer: config.sole_writer,
+            copied: AtomicU64::new(0),
+        })
+    }
+
+    pub(crate) fn copied(&self) -> u64 {
+        self.copied.load(Ordering::Relaxed)
     }
 
     fn allocator(&self) -> MutexGuard<'_, Allocator> {
         self.allocator.lock().expect("the allocator for mirrors doesn't panic")
     }
+
+    /// A buffer on memory at `location`, for `range`.
+    pub(crate) fn block(
+        self: &Arc<Self>,
+        range: HostRange,
+        size: u64,
+        usage: vk::BufferUsageFlags,
+        location: MemoryLocation,
+        label: &str,
+    ) -> Result<MirrorPiece, DeviceError> {
+        let gpu = &self.gpu;
+        let mut info = vk::BufferCreateInfo::default().size(size).usage(usage);
+        if self.families.len() > 1 {
+            info = info.sharing_mode(vk::SharingMode::CONCURRENT).queue_family_indices(&self.families);
+        }
+        let buffer = OwnedBuffer::new(gpu, &info, label).map_err(|code| gpu.failed("vkCreateBuffer", range, code))?;
+        let requirements = buffer.requirements();
+        check_heap(gpu, range, heap_of(&gpu.memory, location), requirements.size)?;
+        let allocation = self.allocator().allocate(&AllocationCreateDesc {
+            name: label,
+            requirements,
+            location,
+            linear: true,
+            allocation_scheme: AllocationScheme::GpuAllocatorManaged,
+        });
+        let allocation = allocation.map_err(|error| not_allocated(gpu, range, requirements.size, &error))?;
+        let mapped = allocation.mapped_ptr().map(NonNull::cast);
+        // SAFETY: the allocation lives as long as `block`, which keeps its memory where it is.
+        let (memory, offset) = (unsafe { allocation.memory() }, allocation.offset());
+        let block = Block { heap: Arc::clone(self), allocation: Some(allocation), mapped };
+        // SAFETY: the buffer is new and unbound, the allocation was made for its requirements, and `block` is dropped after the buffer.
+        unsafe { buffer.bind(memory, offset) }.map_err(|code| gpu.failed("vkBindBufferMemory", range, code))?;
+        Ok(MirrorPiece { buffer, block, size })
+    }
 }
 
-/// A chunk of a mirror: the buffer and the mapped memory under it.
+/// A chunk of a mirror: the buffer and the memory under it.
 pub(crate) struct MirrorPiece {
     // Dropped in this order.
     buffer: OwnedBuffer,
@@ -66,11 +133,26 @@ pub(crate) struct MirrorPiece {
     size: u64,
 }
 
+impl MirrorPiece {
+    pub(crate) fn raw(&self) -> vk::Buffer {
+        self.buffer.raw
+    }
+
+    /// Where the host sees the bytes; `None` in memory that it doesn't see.
+    pub(crate) fn mapped(&self) -> Option<NonNull<u8>> {
+        self.block.mapped
+    }
+
+    fn len(&self) -> usize {
+        usize::try_from(self.size).expect("a piece is a part of a range")
+    }
+}
+
 struct Block {
     heap: Arc<MirrorHeap>,
     /// `None` only while it is dropped.
     allocation: Option<Allocation>,
-    mapped: NonNull<u8>,
+    mapped: Option<NonNull<u8>>,
 }
 
 // SAFETY: `mapped` points to memory that `allocation` owns and that any thread may write through the kernel; nobody makes references to it.
@@ -86,63 +168,253 @@ impl Drop for Block {
     }
 }
 
+/// A copy of one object.
+pub(crate) struct Mirror {
+    range: HostRange,
+    pieces: Box<[MirrorPiece]>,
+    /// How pieces the host doesn't see are filled.
+    uploader: Option<Arc<Uploader>>,
+    /// Held while the copy is made current.
+    state: Mutex<State>,
+}
+
+struct State {
+    /// `None`: nobody can tell what was written.
+    cursor: Option<DirtyCursor>,
+    /// The whole copy is out of date.
+    whole: bool,
+    /// Bytes that unfinished work is to write, one entry for each declaration; counted from the start of the range.
+    expected: Vec<Range<usize>>,
+    /// Bytes that were left out for such work, which is over.
+    owed: Vec<Range<usize>>,
+    /// Room for the next answer.
+    dirty: Vec<HostRange>,
+}
+
 /// A copy of the request's range as it is now.
 ///
 /// # Errors
 /// [`DeviceError::Budget`] if there is no room, [`DeviceError::Fault`] if the memory vanished, [`DeviceError::Failed`], [`DeviceError::Lost`].
 pub(crate) fn mirror(
     heap: &Arc<MirrorHeap>,
+    uploader: Option<&Arc<Uploader>>,
     request: &Request<'_>,
     path: Path,
     usage: vk::BufferUsageFlags,
 ) -> Result<Import, DeviceError> {
     let (gpu, mut rest) = (&heap.gpu, request.range.len() as u64);
+    // What the device writes is brought back by the thread that hears of the end of the work, which can't wait for another copy of the device's.
+    let (location, usage) = match (request.access, heap.place) {
+        (Access::ReadWrite, _) => (MemoryLocation::GpuToCpu, usage),
+        (Access::Read, MirrorPlace::DeviceLocal) => {
+            (MemoryLocation::GpuOnly, usage | vk::BufferUsageFlags::TRANSFER_DST)
+        }
+        (Access::Read, _) => (MemoryLocation::CpuToGpu, usage),
+    };
     let mut pieces = Vec::new();
     while rest > 0 {
         let size = rest.min(gpu.caps.chunk_size);
-        pieces.push(piece(heap, request, size, usage)?);
+        pieces.push(heap.block(request.range, size, usage, location, request.label)?);
         rest -= size;
     }
-    refresh(&pieces, request.range)?;
     let chunks: Vec<_> = pieces.iter().map(|piece| (piece.buffer.raw, piece.size)).collect();
-    Ok(Import::new(path, chunks.into_iter(), Store::Mirrored(pieces.into()), None))
+    // Where there is no cursor, a copy in full is what the first answer of one would be, too.
+    let cursor = is_told(heap, request).then(|| DirtyCursor::new(&heap.space, request.range));
+    let state = State { cursor, whole: true, expected: Vec::new(), owed: Vec::new(), dirty: Vec::new() };
+    let uploader = uploader.filter(|_| location == MemoryLocation::GpuOnly).cloned();
+    let mirror = Mirror { range: request.range, pieces: pieces.into(), uploader, state: Mutex::new(state) };
+    mirror.refresh()?;
+    Ok(Import::new(path, chunks.into_iter(), Store::Mirrored(mirror)))
 }
 
-fn piece(
-    heap: &Arc<MirrorHeap>,
-    request: &Request<'_>,
-    size: u64,
-    usage: vk::BufferUsageFlags,
-) -> Result<MirrorPiece, DeviceError> {
-    let (gpu, range) = (&heap.gpu, request.range);
-    let info = vk::BufferCreateInfo::default().size(size).usage(usage);
-    let buffer =
-        OwnedBuffer::new(gpu, &info, request.label).map_err(|code| gpu.failed("vkCreateBuffer", range, code))?;
-    let requirements = buffer.requirements();
-    check_heap(gpu, range, host_heap(&gpu.memory), requirements.size)?;
-    let allocation = heap.allocator().allocate(&AllocationCreateDesc {
-        name: request.label,
-        requirements,
-        location: MemoryLocation::CpuToGpu,
-        linear: true,
-        allocation_scheme: AllocationScheme::GpuAllocatorManaged,
+/// Whether every write to the request's memory is told.
+fn is_told(heap: &MirrorHeap, request: &Request<'_>) -> bool {
+    let only_here = request.mappings.iter().all(|mapping| match mapping.backing {
+        Backing::Anonymous | Backing::Heap | Backing::Stack => !mapping.shared,
+        _ => false,
     });
-    let allocation = allocation.map_err(|error| not_allocated(gpu, range, requirements.size, &error))?;
-    let mapped = allocation.mapped_ptr().expect("CpuToGpu memory is mapped").cast();
-    // SAFETY: the allocation lives as long as `block`, which keeps its memory where it is.
-    let (memory, offset) = (unsafe { allocation.memory() }, allocation.offset());
-    let block = Block { heap: Arc::clone(heap), allocation: Some(allocation), mapped };
-    // SAFETY: the buffer is new and unbound, the allocation was made for its requirements, and `block` is dropped after the buffer.
-    unsafe { buffer.bind(memory, offset) }.map_err(|code| gpu.failed("vkBindBufferMemory", range, code))?;
-    Ok(MirrorPiece { buffer, block, size })
+    request.coverage == Some(Coverage::Watched) && (only_here || heap.sole_writer)
 }
 
-/// The heap that mirrors come from, for the budget: the one of the first host-coherent type, as the allocator prefers it.
-fn host_heap(memory: &vk::PhysicalDeviceMemoryProperties) -> u32 {
-    let coherent = vk::MemoryPropertyFlags::HOST_VISIBLE | vk::MemoryPropertyFlags::HOST_COHERENT;
+impl Drop for Mirror {
+    fn drop(&mut self) {
+        // An upload that took too long may still be writing to the buffers, which then can't be destroyed.
+        if self.uploader.as_ref().is_some_and(|uploader| !uploader.is_idle()) {
+            std::mem::forget(std::mem::take(&mut self.pieces));
+        }
+    }
+}
+
+impl Mirror {
+    /// Copies what the program has written since the last time.
+    ///
+    /// # Errors
+    /// [`DeviceError::Fault`] if some of it vanished, and what the upload fails with. All is copied the next time, then.
+    pub(crate) fn refresh(&self) -> Result<(), DeviceError> {
+        let mut state = self.state();
+        let State { cursor, whole, expected, owed, dirty } = &mut *state;
+        dirty.clear();
+        let taken = cursor.as_mut().map_or(Taken::Everything, |cursor| cursor.take(dirty));
+        let mut parts: Vec<Range<usize>> = if *whole || taken == Taken::Everything {
+            std::iter::once(0..self.range.len()).collect()
+        } else {
+            let start = self.range.start();
+            dirty.iter().map(|part| part.start() - start..part.end() - start).chain(owed.drain(..)).collect()
+        };
+        owed.clear();
+        *whole = true; // until it has been done
+        join(&mut parts);
+        if !expected.is_empty() {
+            parts = without(parts, expected);
+        }
+        self.copy(&parts)?;
+        let copied: usize = parts.iter().map(Range::len).sum();
+        self.heap().copied.fetch_add(copied as u64, Ordering::Relaxed);
+        *whole = false;
+        Ok(())
+    }
+
+    fn heap(&self) -> &MirrorHeap {
+        &self.pieces.first().expect("a mirror has a piece").block.heap
+    }
+
+    fn copy(&self, parts: &[Range<usize>]) -> Result<(), DeviceError> {
+        let mut first = 0;
+        for piece in &self.pieces {
+            let inside = first..first + piece.len();
+            let pieces: Vec<_> = parts
+                .iter()
+                .map(|part| part.start.max(inside.start)..part.end.min(inside.end))
+                .filter(|part| !part.is_empty())
+                .map(|part| Piece { from: self.range.start() + part.start, at: part.start - first, len: part.len() })
+                .collect();
+            match (&self.uploader, piece.mapped()) {
+                (Some(uploader), _) => uploader.upload(self.range, piece.raw(), &pieces)?,
+                (None, Some(mapped)) => {
+                    // SAFETY: the block has room for the piece's size, is mapped, and is written by nobody but such copies and the device.
+                    unsafe { copy::read_pieces(mapped, &pieces) }.map_err(|errno| vanished(self.range, errno))?;
+                }
+                (None, None) => unreachable!("memory that the host doesn't see has an uploader"),
+            }
+            first = inside.end;
+        }
+        Ok(())
+    }
+
+    /// These bytes are about to be written by the device, and are not to be overwritten.
+    pub(crate) fn expect(&self, written: &[Range<usize>]) {
+        self.state().expected.extend_from_slice(written);
+    }
+
+    /// The work that was to write these bytes is over, or never came.
+    pub(crate) fn forget(&self, written: &[Range<usize>]) {
+        let mut state = self.state();
+        for part in written {
+            let at = state.expected.iter().position(|expected| expected == part);
+            state.expected.swap_remove(at.expect("what is forgotten was expected"));
+            state.owed.push(part.clone());
+        }
+    }
+
+    /// Copies what the device has written into the program's memory. Takes no lock, and allocates nothing.
+    ///
+    /// # Errors
+    /// [`DeviceError::Fault`] about the first part that isn't the object's any more.
+    pub(crate) fn write_back(
+        &self,
+        written: &[Range<usize>],
+        is_current: &dyn Fn(HostRange) -> bool,
+    ) -> Result<(), DeviceError> {
+        for part in written {
+            let mut at = part.start;
+            while at < part.end {
+                let (piece, inside) = self.piece_at(at);
+                let len = BACK.min(part.end - at).min(piece.len() - inside);
+                self.write_part(piece, inside, at, len, is_current)?;
+                at += len;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_part(
+        &self,
+        piece: &MirrorPiece,
+        inside: usize,
+        at: usize,
+        len: usize,
+        is_current: &dyn Fn(HostRange) -> bool,
+    ) -> Result<(), DeviceError> {
+        let to = self.range.start() + at;
+        let range = HostRange::cover(std::ptr::without_provenance::<u8>(to), len).unwrap_or(self.range);
+        let gone = |errno| {
+            let why = "it changed hands before the device's results could be brought back; they are lost";
+            DeviceError::Fault { range, why, errno }
+        };
+        if !is_current(range) {
+            return Err(gone(libc::EFAULT));
+        }
+        let mapped = piece.mapped().expect("a mirror that the device writes is where the host sees it");
+        // SAFETY: `inside + len` is at most the piece's size.
+        let from = unsafe { mapped.add(inside) };
+        // SAFETY: `from` has `len` bytes; that no Rust reference covers what the device may write is the contract of `register`.
+        unsafe { copy::write(to, from, len) }.map_err(|errno| gone(errno as i32))
+    }
+
+    /// The piece that has this byte of the object, and the byte's place in it.
+    fn piece_at(&self, at: usize) -> (&MirrorPiece, usize) {
+        let mut inside = at;
+        for piece in &self.pieces {
+            if inside < piece.len() {
+                return (piece, inside);
+            }
+            inside -= piece.len();
+        }
+        unreachable!("declared bytes are inside the object")
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // A panic under the lock can only be a failed allocation, and `whole` is set then, or nothing was begun.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Sorts ranges and joins those that touch.
+fn join(parts: &mut Vec<Range<usize>>) {
+    parts.sort_unstable_by_key(|part| part.start);
+    parts.dedup_by(|next, last| {
+        let touch = next.start <= last.end;
+        if touch {
+            last.end = last.end.max(next.end);
+        }
+        touch
+    });
+}
+
+/// What is left of joined ranges without others.
+fn without(mut parts: Vec<Range<usize>>, others: &[Range<usize>]) -> Vec<Range<usize>> {
+    for other in others {
+        parts = parts
+            .into_iter()
+            .flat_map(|part| [part.start..part.end.min(other.start), part.start.max(other.end)..part.end])
+            .filter(|part| !part.is_empty())
+            .collect();
+    }
+    parts
+}
+
+/// The heap that memory at a location comes from, for the budget: the one of the first type that the allocator prefers for it.
+fn heap_of(memory: &vk::PhysicalDeviceMemoryProperties, location: MemoryLocation) -> u32 {
+    use vk::MemoryPropertyFlags as F;
+    let coherent = F::HOST_VISIBLE | F::HOST_COHERENT;
+    let wishes = match location {
+        MemoryLocation::GpuOnly => [F::DEVICE_LOCAL, F::empty()],
+        MemoryLocation::GpuToCpu => [coherent | F::HOST_CACHED, coherent],
+        _ => [coherent | F::DEVICE_LOCAL, coherent],
+    };
     let types = memory.memory_types_as_slice();
-    let with = |flags| types.iter().find(|kind| kind.property_flags.contains(flags));
-    let best = with(coherent | vk::MemoryPropertyFlags::DEVICE_LOCAL).or_else(|| with(coherent));
+    let with = |flags: F| types.iter().find(|kind| kind.property_flags.contains(flags));
+    let best = wishes.into_iter().find_map(with);
     best.expect("every device has a host-coherent memory type").heap_index
 }
 
@@ -160,192 +432,34 @@ fn not_allocated(gpu: &Gpu, range: HostRange, needed: u64, error: &AllocationErr
     }
 }
 
-/// Copies the program's bytes at `range` to their mirror.
-///
-/// # Errors
-/// [`DeviceError::Fault`] if some of them vanished.
-pub(crate) fn refresh(pieces: &[MirrorPiece], range: HostRange) -> Result<(), DeviceError> {
-    let mut at = range.start();
-    for piece in pieces {
-        let len = usize::try_from(piece.size).expect("a piece is a part of a range");
-        debug_assert!(at + len <= range.end(), "a mirror is refreshed from the range it was made for");
-        // SAFETY: the block has room for the piece's size, is mapped, and is written by nobody but such copies.
-        unsafe { copy_split(piece.block.mapped, at, len) }.map_err(|errno| {
-            let why = "the memory vanished while it was copied (unmapped, or its file truncated)";
-            DeviceError::Fault { range, why, errno: errno as i32 }
-        })?;
-        at += len;
-    }
-    Ok(())
-}
-
-/// A copy of this many bytes or more is split over the threads of rayon's global pool. On two cores that took 0.54 and 0.71 of the time of one
-/// thread at 64 and 256 MiB, and gained nothing at 16 MiB and below (medians of nine, both in turns).
-const SPLIT: usize = 64 << 20;
-/// The pieces it is split into.
-const SPLIT_PIECE: usize = 1 << 20;
-
-/// Where a split copy goes.
-struct Target(NonNull<u8>);
-
-// SAFETY: an address; each thread writes its own piece behind it, through raw pointers (contract of `copy_split`).
-unsafe impl Sync for Target {}
-
-/// As [`copy`], by several threads where that is faster.
-///
-/// # Safety
-/// As [`copy`].
-unsafe fn copy_split(to: NonNull<u8>, from: usize, len: usize) -> Result<(), Errno> {
-    if len < SPLIT {
-        // SAFETY: the contract is the same.
-        return unsafe { copy(to, from, len) };
-    }
-    let target = &Target(to);
-    (0..len.div_ceil(SPLIT_PIECE)).into_par_iter().try_for_each(|piece| {
-        let start = piece * SPLIT_PIECE;
-        // SAFETY: `start < len`, and `to` has room for `len` bytes (contract).
-        let to = unsafe { target.0.add(start) };
-        // SAFETY: the pieces lie side by side within `len`, so each has room and is written by one thread.
-        unsafe { copy(to, from + start, SPLIT_PIECE.min(len - start)) }
-    })
-}
-
-/// Copies `len` bytes at address `from` to `to`; answers `EFAULT` where the source can't be read.
-///
-/// # Safety
-/// `to` has room for `len` bytes, which no Rust reference covers.
-pub(crate) unsafe fn copy(to: NonNull<u8>, from: usize, len: usize) -> Result<(), Errno> {
-    // SAFETY: the contract is the same.
-    match unsafe { copy_by(read_self, to, from, len) } {
-        // A sandbox without this call; the file needs none.
-        Err(Errno::EPERM | Errno::ENOSYS) => {
-            let memory = File::open("/proc/self/mem").map_err(errno)?;
-            // SAFETY: the contract is the same.
-            unsafe { copy_by(|to, from, len| read_file(&memory, to, from, len), to, from, len) }
-        }
-        done => done,
-    }
-}
-
-/// As [`copy`], by a `read` that copies as much as it can, and at least a byte unless it fails.
-///
-/// # Safety
-/// As [`copy`]; `read` writes at most as many bytes as it is told.
-unsafe fn copy_by(
-    read: impl Fn(*mut u8, usize, usize) -> Result<usize, Errno>,
-    to: NonNull<u8>,
-    from: usize,
-    len: usize,
-) -> Result<(), Errno> {
-    let mut done = 0;
-    while done < len {
-        // SAFETY: `done < len`, and `to` has room for `len` bytes (contract).
-        let next = unsafe { to.as_ptr().add(done) };
-        match read(next, from + done, len - done) {
-            Ok(0) => return Err(Errno::EFAULT),
-            Ok(copied) => done += copied,
-            Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno),
-        }
-    }
-    Ok(())
-}
-
-/// `process_vm_readv` on ourselves. Stops at the first page that can't be read, and fails with `EFAULT` if that is the very first.
-fn read_self(to: *mut u8, from: usize, len: usize) -> Result<usize, Errno> {
-    let local = libc::iovec { iov_base: to.cast(), iov_len: len };
-    let remote = libc::iovec { iov_base: ptr::without_provenance_mut(from), iov_len: len };
-    let process = nix::unistd::getpid().as_raw();
-    // SAFETY: the kernel checks both sides and writes at most `len` bytes at `to`, which the caller has room for; the call goes through
-    // libc because its safe wrapper wants a `&mut [u8]` over memory that a device may read meanwhile.
-    let copied = unsafe { libc::process_vm_readv(process, &raw const local, 1, &raw const remote, 1, 0) };
-    usize::try_from(copied).map_err(|_| Errno::last())
-}
-
-/// `/proc/self/mem` at the offset that is the address. It answers `EIO` where a page can't be read.
-fn read_file(memory: &File, to: *mut u8, from: usize, len: usize) -> Result<usize, Errno> {
-    let offset = libc::off_t::try_from(from).map_err(|_| Errno::EFAULT)?;
-    // SAFETY: the descriptor is open, and at most `len` bytes are written at `to`, which the caller has room for.
-    let copied = unsafe { libc::pread(memory.as_raw_fd(), to.cast(), len, offset) };
-    usize::try_from(copied).map_err(|_| match Errno::last() {
-        Errno::EIO => Errno::EFAULT,
-        other => other,
-    })
-}
-
-fn errno(error: io::Error) -> Errno {
-    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+pub(crate) fn vanished(range: HostRange, errno: Errno) -> DeviceError {
+    let why = "the memory vanished while it was copied (unmapped, or its file truncated)";
+    DeviceError::Fault { range, why, errno: errno as i32 }
 }
 
 #[cfg(test)]
 mod tests {
-    use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
-    use pinfold_invalidate::page_size;
-
     use super::*;
 
-    type Read = fn(*mut u8, usize, usize) -> Result<usize, Errno>;
-
-    fn both_ways(test: impl Fn(Read)) {
-        test(read_self);
-        test(|to, from, len| read_file(&File::open("/proc/self/mem").unwrap(), to, from, len));
-    }
-
     #[test]
-    fn the_kernel_copies_exactly_what_is_there() {
-        both_ways(|read| {
-            let from: Vec<u8> = (0..10 * page_size()).map(|n| (n % 251) as u8).collect();
-            let mut to = vec![0_u8; from.len() + 1];
-            let start = NonNull::new(to.as_mut_ptr()).unwrap();
-            // SAFETY: `to` has room, and no reference to it is used meanwhile.
-            unsafe { copy_by(read, start, from.as_ptr().addr(), from.len()) }.unwrap();
-            assert_eq!(to[..from.len()], from);
-            assert_eq!(to[from.len()], 0);
-        });
-    }
-
-    #[test]
-    fn a_split_copy_is_whole_and_tells_of_a_hole() {
-        let len = SPLIT + SPLIT_PIECE + 5;
-        let from: Vec<u8> = (0..len).map(|n| (n / 4093 % 251) as u8).collect();
-        let mut to = vec![0_u8; len + 1];
-        let start = NonNull::new(to.as_mut_ptr()).unwrap();
-        // SAFETY: `to` has room, and no reference to it is used meanwhile.
-        unsafe { copy_split(start, from.as_ptr().addr(), len) }.unwrap();
-        assert!(to[..len] == from[..] && to[len] == 0);
-        // Nothing is mapped at the first page of the address space.
-        // SAFETY: as above.
-        assert_eq!(unsafe { copy_split(start, 0, len) }, Err(Errno::EFAULT));
-    }
-
-    #[test]
-    fn a_copy_that_makes_no_progress_ends_with_an_error() {
-        let mut to = [0_u8; 3];
-        let start = NonNull::new(to.as_mut_ptr()).unwrap();
-        // SAFETY: `to` has room, and nothing is written.
-        assert_eq!(unsafe { copy_by(|_, _, left| Ok(usize::from(left > 1)), start, 0, 3) }, Err(Errno::EFAULT));
-    }
-
-    #[test]
-    fn a_hole_in_the_source_is_an_error_and_no_signal() {
-        both_ways(|read| {
-            let len = 4 * page_size();
-            let (protection, flags) = (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE);
-            // SAFETY: a new mapping at an address that the kernel chooses.
-            let from = unsafe { mmap_anonymous(None, len.try_into().unwrap(), protection, flags) }.unwrap();
-            let hole = NonNull::new(from.as_ptr().wrapping_byte_add(2 * page_size())).unwrap();
-            // SAFETY: a part of the mapping above, which only this test knows.
-            unsafe { munmap(hole, page_size()) }.unwrap();
-            let mut to = vec![0_u8; len];
-            let start = NonNull::new(to.as_mut_ptr()).unwrap();
-            // SAFETY: `to` has room, and no reference to it is used meanwhile.
-            assert_eq!(unsafe { copy_by(read, start, from.as_ptr().addr(), len) }, Err(Errno::EFAULT));
-            // The hole may be another thread's memory by now.
-            let behind = NonNull::new(from.as_ptr().wrapping_byte_add(3 * page_size())).unwrap();
-            for (part, pages) in [(from, 2), (behind, 1)] {
-                // SAFETY: what is left of the mapping above.
-                unsafe { munmap(part, pages * page_size()) }.unwrap();
-            }
-        });
+    fn joining_and_taking_out_agree_with_a_byte_by_byte_oracle() {
+        let mut seed = 5_u64;
+        let mut below = |end: usize| {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (seed >> 33) as usize % end
+        };
+        for _ in 0..2000 {
+            let mut some = |most| -> Vec<Range<usize>> {
+                let starts: Vec<_> = (0..below(most)).map(|_| below(40)).collect();
+                starts.into_iter().map(|start| start..start + 1 + below(9)).collect()
+            };
+            let (mut parts, others) = (some(7), some(4));
+            let inside = |ranges: &[Range<usize>], byte| ranges.iter().any(|range| range.contains(&byte));
+            let expected: Vec<_> = (0..50).filter(|&byte| inside(&parts, byte) && !inside(&others, byte)).collect();
+            join(&mut parts);
+            assert!(parts.windows(2).all(|pair| pair[0].end < pair[1].start), "{parts:?}");
+            let left = without(parts, &others);
+            assert_eq!(left.into_iter().flatten().collect::<Vec<_>>(), expected);
+        }
     }
 }

@@ -116,6 +116,15 @@ pub(crate) struct Run {
 }
 
 impl Run {
+    /// Whether all of `other` is a part of it.
+    pub(crate) fn covers(&self, other: &Self) -> bool {
+        let end = |run: &Self| run.offset + run.len as u64;
+        self.file == other.file
+            && self.protection == other.protection
+            && self.offset <= other.offset
+            && end(other) <= end(self)
+    }
+
     /// The run that `mappings` are; `None` unless they are one, and shared. The kernel may have split it into several mappings.
     pub(crate) fn of(mappings: &[Mapping]) -> Option<Self> {
         let first = mappings.first()?;

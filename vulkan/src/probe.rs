@@ -22,9 +22,9 @@ use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use pinfold_core::{Access, Request};
 use pinfold_invalidate::{HostRange, mappings, page_size};
 
+use crate::copy;
 use crate::gpu::Gpu;
 use crate::import::{NotImported, import, usage};
-use crate::mirror;
 use crate::path::{MappingKind, Source};
 
 /// What a device answered to a trial import.
@@ -147,12 +147,12 @@ fn measure(gpu: &Arc<Gpu>) -> Option<Costs> {
         let range = HostRange::new(sample.tried.start(), len).ok()?;
         let there = mappings(range).ok()?;
         let usage = usage(gpu, there.iter().map(|mapping| mapping.protection));
-        best_of_three(|| import(gpu, &Request::new(range, Access::ReadWrite, &there), range, usage).ok().map(drop))
+        best_of_three(|| import(gpu, None, &Request::new(range, Access::ReadWrite, &there), None, usage).ok().map(drop))
     };
     let large_copy = best_of_three(|| {
         let to = NonNull::new(std::ptr::with_exposed_provenance_mut(copy.tried.start()))?;
         // SAFETY: both samples are mapped, have that size, and nobody else knows them.
-        unsafe { mirror::copy(to, sample.tried.start(), Costs::LARGE) }.ok()
+        unsafe { copy::read(to, sample.tried.start(), Costs::LARGE) }.ok()
     })?;
     let large_import = timed(len)?.mul_f64(Costs::LARGE as f64 / len as f64);
     Some(Costs { small_import: timed(small)?, large_import, large_copy })
@@ -180,7 +180,7 @@ fn attempt(gpu: &Arc<Gpu>, kind: MappingKind) -> Result<Trial, TrialResult> {
     }
     let access = if kind.writable { Access::ReadWrite } else { Access::Read };
     let request = Request { label: "trial import", ..Request::new(sample.tried, access, &there) };
-    let attempt = || import(gpu, &request, request.range, usage(gpu, there.iter().map(|mapping| mapping.protection)));
+    let attempt = || import(gpu, None, &request, None, usage(gpu, there.iter().map(|mapping| mapping.protection)));
     match attempt() {
         Ok(_) => {
             let import = best_of_three(|| attempt().ok().map(drop));
