@@ -3,15 +3,15 @@
 //! What is compared is the ratio to the peer, never a time: another machine, or the same one on a busier day, changes both sides of a ratio. Each row's own
 //! spread says how much it moves by itself.
 //!
-//! Two rows **agree** if their spreads (10th to 90th percentile of the rounds) overlap. A row is **worse** if they don't, and it lies on the bad side; or if its
-//! spreads are wide and overlap all the same, but the median has moved by more than half and the 95 % intervals of the two medians lie apart.
+//! Two rows **agree** if their spreads overlap. A row is **worse** if they don't, and it lies on the bad side. It is worse, too, if its spreads are so wide that
+//! they overlap all the same, but the median has nearly doubled, and the 95 % intervals of the two medians lie apart.
 
 use std::fmt;
 
 use crate::report::{Better, Report, Row};
 
 /// A median that moved by this factor, and is known well enough, has moved.
-const MOVED: f64 = 1.5;
+const MOVED: f64 = 1.8;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
@@ -27,6 +27,8 @@ pub(crate) struct Compared {
     pub(crate) old: [f64; 3],
     pub(crate) new: [f64; 3],
     pub(crate) verdict: Verdict,
+    /// The spreads overlap.
+    pub(crate) overlap: bool,
     pub(crate) control: bool,
 }
 
@@ -45,9 +47,13 @@ fn ratio(row: &Row) -> Option<[f64; 3]> {
     Some([row.ratio_low?, row.ratio?, row.ratio_high?])
 }
 
+fn overlap(old: [f64; 3], new: [f64; 3]) -> bool {
+    new[0] <= old[2] && old[0] <= new[2]
+}
+
 fn verdict(old: &Row, new: &Row) -> Option<Verdict> {
-    let ([old_low, old_mid, old_high], [new_low, new_mid, new_high]) = (ratio(old)?, ratio(new)?);
-    let apart = new_low > old_high || new_high < old_low;
+    let (before @ [_, old_mid, _], now @ [_, new_mid, _]) = (ratio(old)?, ratio(new)?);
+    let apart = !overlap(before, now);
     let factor = f64::max(new_mid / old_mid, old_mid / new_mid);
     let medians_apart = new.median_low? > old.median_high? || new.median_high? < old.median_low?;
     let moved = factor > MOVED && medians_apart;
@@ -71,11 +77,15 @@ pub(crate) fn compare(old: &Report, new: &Report) -> Comparison {
                 let (Some(before), Some(now), Some(verdict)) = (ratio(other), ratio(row), verdict(other, row)) else {
                     continue;
                 };
-                result.rows.push(Compared { key, old: before, new: now, verdict, control: row.control });
+                let overlap = overlap(before, now);
+                result.rows.push(Compared { key, old: before, new: now, verdict, overlap, control: row.control });
             }
         }
     }
-    result.gone = olds.iter().map(Row::key).filter(|key| !news.iter().any(|row| row.key() == *key)).collect();
+    // Of a group that wasn't measured this time nothing is gone.
+    let measured = |row: &&Row| new.groups.iter().any(|group| group.name == row.group);
+    result.gone =
+        olds.iter().filter(measured).map(Row::key).filter(|key| !news.iter().any(|row| row.key() == *key)).collect();
     let name = |report: &Report| report.device.as_ref().map_or("no device".to_owned(), |device| device.name.clone());
     let mut differ = |what: &str, before: String, now: String| {
         if before != now {
@@ -96,7 +106,7 @@ impl Comparison {
     }
 
     pub(crate) fn agreeing(&self) -> usize {
-        self.rows.iter().filter(|row| row.verdict == Verdict::Agrees).count()
+        self.rows.iter().filter(|row| row.overlap).count()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use crate::report::{Curve, Report, Row};
+use crate::report::{Curve, GoalOf, Report, Row};
 use crate::words::{about, figures, goal, quantity, ratio, verdict};
 
 const STYLE: &str = include_str!("report.css");
@@ -136,7 +136,9 @@ fn comparison(out: &mut String, rows: &[&Row]) {
         if first.placement.is_empty() { String::new() } else { format!(" · {}", escape(&first.placement)) }
     );
     let axis = Axis::of(rows.iter().flat_map(|row| row.ours_quantiles.iter().chain(&row.peer_quantiles)).copied());
-    strip(out, &axis, "ours", "ours", &first.ours_quantiles, &quantity(first.ours, &first.unit), "");
+    let own = rows.iter().find(|row| row.goal.is_some() && row.goal_of == GoalOf::Ours);
+    let note = own.and_then(|row| goal_note(row)).unwrap_or_default();
+    strip(out, &axis, "ours", "ours", &first.ours_quantiles, &quantity(first.ours, &first.unit), &note);
     for row in rows.iter().filter(|row| row.peer.is_some()) {
         let name = row.peer_name.as_deref().unwrap_or_default();
         let goal = goal(row)
@@ -146,9 +148,6 @@ fn comparison(out: &mut String, rows: &[&Row]) {
         let value = quantity(row.peer.unwrap_or_default(), &row.unit);
         strip(out, &axis, "peer", name, &row.peer_quantiles, &value, &note);
     }
-    if let (None, Some(goal), Some(how)) = (first.peer, goal(first), verdict(first)) {
-        _ = write!(out, "<p class=\"note\"><i class=\"{how}\">goal {} {how}</i></p>", escape(&goal));
-    }
     let (low, high) = axis.ends();
     _ = write!(
         out,
@@ -156,6 +155,11 @@ fn comparison(out: &mut String, rows: &[&Row]) {
         quantity(low, &first.unit),
         quantity(high, &first.unit)
     );
+}
+
+fn goal_note(row: &Row) -> Option<String> {
+    let (goal, how) = goal(row).zip(verdict(row))?;
+    Some(format!("<i class=\"{how}\">goal {}: {how}</i>", escape(&goal)))
 }
 
 /// One contender's distribution: from pale to strong the middle 95, 80 and 50 per cent, and the median as a mark.
@@ -241,7 +245,7 @@ fn chart(out: &mut String, curve: &Curve) {
         );
     }
     let bytes = curve.x == "bytes";
-    for tick in xs.ticks() {
+    for tick in sizes(points().map(|p| p.0), &xs) {
         let x = place((tick, 1.0)).0;
         let label = if bytes { quantity(tick, "bytes") } else { compact(tick) };
         _ = write!(
@@ -271,6 +275,19 @@ fn chart(out: &mut String, curve: &Curve) {
         _ = write!(out, "<li class=\"c{}\">{}{exponent}</li>", number % COLOURS, escape(&line.name));
     }
     out.push_str("</ul></figure>");
+}
+
+/// The sizes that were measured, as marks, but for those that would be written over one another.
+fn sizes(all: impl Iterator<Item = f64>, axis: &Decades) -> Vec<f64> {
+    let mut all: Vec<_> = all.filter(|size| *size > 0.0).collect();
+    all.sort_unstable_by(f64::total_cmp);
+    let mut kept: Vec<f64> = Vec::new();
+    for size in all {
+        if kept.last().is_none_or(|&last| axis.at(size) - axis.at(last) > 0.14) {
+            kept.push(size);
+        }
+    }
+    kept
 }
 
 /// A logarithmic axis of 0 to 1 with a handful of round marks.
@@ -365,7 +382,7 @@ fn footer(out: &mut String, report: &Report) {
     }
     out.push_str(
         "</dl><p class=\"small\">A strip shows a distribution on a logarithmic axis: pale, middle and strong are the middle 95, 80 and 50 per cent, the mark \
-         is the median. A ratio is ours divided by theirs, taken within rounds in which both took turns: the median, and the 10th to 90th percentile of the rounds. \
+         is the median. A ratio is ours divided by theirs, taken within rounds in which both took turns: the median, and in brackets the 5th to 95th percentile of the rounds, at least a tenth on either side. \
          A control is a thing against itself: what it shows is noise. Exponents are those of the power of n that fits best.</p></footer>",
     );
 }

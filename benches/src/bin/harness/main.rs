@@ -13,6 +13,7 @@ mod placement;
 mod report;
 mod session;
 mod stats;
+mod ucx;
 mod userfault;
 mod vulkan;
 mod words;
@@ -93,7 +94,9 @@ impl Which {
 }
 
 fn main() -> ExitCode {
-    match run(&Cli::parse()) {
+    let child = std::env::args_os().nth(1).is_some_and(|argument| argument == ucx::ARGUMENT);
+    let result = if child { ucx::child().map(|()| ExitCode::SUCCESS) } else { run(&Cli::parse()) };
+    match result {
         Ok(code) => code,
         Err(error) => {
             eprintln!("harness: {error:#}");

@@ -43,7 +43,7 @@ pub(crate) fn page(reports: &[Report]) -> String {
     let mut out = String::from(
         "# Figures\n\nMade by `cargo run --release -p pinfold-benches --bin harness -- --markdown`, or by `scripts/bench`; don't edit it. \
          What is on the left of a ratio is ours, and both sides were taken in the same run, in turns (A B B A …): the ratio is the median over the rounds, \
-         and in brackets are its 10th and 90th percentile. Times are medians. A goal without a unit is one for the ratio.\n",
+         and in brackets is its spread: the 5th to 95th percentile of the rounds, and at least a tenth on either side. Times are medians. A goal without a unit is one for the ratio.\n",
     );
     for report in reports {
         conditions(&mut out, report);
@@ -81,7 +81,10 @@ fn conditions(out: &mut String, report: &Report) {
         _ = write!(out, " (**more than the processors: neighbours are in these figures**)");
     }
     let noise = report.noise().map(|noise| {
-        format!("; in one round of ten, a thing measured against itself was {} times apart or more (the middle one of the controls)", figures(noise))
+        format!(
+            "; a thing measured against itself spreads to a factor of {} (the middle one of the controls)",
+            figures(noise)
+        )
     });
     _ = writeln!(out, "{}.", noise.unwrap_or_default());
     if !report.finished {

@@ -27,7 +27,9 @@ The JSON (version 1):
     group, name, unit       what was measured; `better` is lower or higher
     ours                    our median; ours_p10, ours_p90, ours_n; ours_quantiles: 41 points of the distribution from smallest to largest
     peer, peer_name         the median and the name of what it is measured against, null if nothing; peer_p10, peer_p90, peer_n, peer_quantiles
-    ratio                   median over the rounds of ours / peer, both taken in the same round, in turns; ratio_low, ratio_high: 10th and 90th percentile of it
+    ratio                   median over the rounds of ours / peer, both taken in the same round, in turns
+    ratio_low, ratio_high   its spread: 5th and 95th percentile of the rounds, and a tenth of the ratio on either side if that is wider, as where
+                            code and data happen to lie moves it by that from one run to the next
     median_low, median_high 95 % interval of that median (bootstrap); rounds: how many
     goal                    what the ratio (`goal_of` = ratio) or our median (`goal_of` = ours) should reach; `goal_slack` may be taken off ours first;
                             null if none was set
@@ -238,7 +240,7 @@ impl Report {
         self.rows.iter().filter(|row| !row.control)
     }
 
-    /// How far apart a thing was from itself in one round of ten, as a factor, in the middle one of the control rows.
+    /// How far apart a thing was from itself at the ends of the spread, as a factor, in the middle one of the control rows.
     pub(crate) fn noise(&self) -> Option<f64> {
         let controls = self.rows.iter().filter(|row| row.control);
         let of = |row: &Row| Some(f64::max(1.0 / row.ratio_low?, row.ratio_high?));

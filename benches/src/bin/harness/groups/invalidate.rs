@@ -17,6 +17,8 @@ use crate::machine::memory_available;
 use crate::memory::Memory;
 use crate::placement::{self, Pinned, allowed};
 use crate::session::{Contender, Goal, Medians, Plan, Session};
+use crate::stats::Random;
+use crate::ucx::Ucx;
 use crate::userfault::Bare;
 
 /// Mutations a sample.
@@ -140,9 +142,85 @@ pub(crate) fn run(session: &mut Session) -> Result<()> {
     }
     watching(session, &space)?;
     touching(session, &space)?;
+    against_ucx(session, &space)?;
     drop(space);
     unrelated(session)?;
     en_masse(session)
+}
+
+/// Hits, misses and mass invalidation beside UCX's registration cache. What it does with a hit is to find a range and to count its users; ours is to find it.
+fn against_ucx(session: &mut Session, space: &Arc<Space>) -> Result<()> {
+    let ucx = match Ucx::start() {
+        Ok(ucx) => RefCell::new(ucx),
+        Err(why) => {
+            session.absent("UCX's registration cache", format!("{why:#}"));
+            return Ok(());
+        }
+    };
+    let name = "UCX rcache 1.13";
+    for (count, goal) in [(1_000, 50.0), (100_000, 400.0)] {
+        // Every second page, as UCX would merge neighbours. Nothing is watched: a look-up doesn't ask for that.
+        let memory = Memory::untouched(2 * count * page_size())?;
+        let range = |index: usize| memory.part(2 * index, page_size());
+        (0..count).for_each(|id| space.insert(range(id), id as u64, Arc::new(Told::default())));
+        let mut random = Random::new(6);
+        let asked: Vec<_> = (0..1 << 14).map(|_| range(random.below(count))).collect();
+        let hit = || {
+            let (mut next, mut found) = (asked.iter(), 0);
+            let time = cpu(asked.len(), || {
+                next.next().into_iter().for_each(|&range| space.visit(range, |_, _, _| found += 1))
+            });
+            ensure!(found == asked.len(), "every object is found");
+            Ok(time)
+        };
+        let plan = Plan::new(
+            format!("find an object (a hit) among {}", thousands(count)),
+            "ns",
+            Contender::new("pinfold", hit),
+        )
+        .clock("cpu");
+        let peer = Contender::new(name, || ucx.borrow_mut().ask("hit", count));
+        session.measure(plan.against(peer, None).goal(Goal::ours(goal)))?;
+        (0..count).for_each(|id| space.remove(range(id), id as u64));
+    }
+    let miss = || {
+        let pages = single_pages()?;
+        let mut next = pages.iter().enumerate();
+        let mut watched = Ok(());
+        let time = cpu(EACH, || {
+            let (id, page) = next.next().expect("as many as there are");
+            watched = std::mem::replace(&mut watched, Ok(())).and(watch(space, page.range(), id as u64));
+        });
+        pages.iter().enumerate().for_each(|(id, page)| space.remove(page.range(), id as u64));
+        watched.map(|()| time)
+    };
+    let plan = Plan::new("watch a page that nobody knows (a miss)", "ns", Contender::new("pinfold", miss)).clock("cpu");
+    session.measure(plan.against(Contender::new(name, || ucx.borrow_mut().ask("miss", 256)), None))?;
+    let count = session.mode.pick(1_000, 10_000, 10_000);
+    let mass = || {
+        let memory = Memory::populated(2 * count * page_size())?;
+        let watched = space.watch(memory.range())?;
+        for id in 0..count {
+            space.insert(
+                memory.part(2 * id, page_size()),
+                id as u64,
+                Arc::new(Told { shards: AtomicU16::new(watched.shards.0) }),
+            );
+        }
+        let ranges: Vec<_> = (0..count).map(|id| memory.part(2 * id, page_size())).collect();
+        let begun = Instant::now();
+        memory.unmap();
+        let time = microseconds(begun.elapsed());
+        ranges.iter().enumerate().for_each(|(id, range)| space.remove(*range, id as u64));
+        Ok(time)
+    };
+    let plan = Plan::new(
+        format!("one munmap over every second page, {} objects", thousands(count)),
+        "µs",
+        Contender::new("pinfold", mass),
+    );
+    session.measure(plan.against(Contender::new(name, || ucx.borrow_mut().ask("mass", count)), None).at_most(21))?;
+    Ok(())
 }
 
 fn mutating(session: &mut Session, space: &Arc<Space>, place: usize, where_to: &str) -> Result<()> {
