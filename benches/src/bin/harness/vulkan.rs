@@ -7,7 +7,7 @@ use ash::{ext, vk};
 use gpu_allocator::vulkan::{Allocation, AllocationCreateDesc, AllocationScheme, Allocator, AllocatorCreateDesc};
 use gpu_allocator::{AllocationSizes, AllocatorDebugSettings, MemoryLocation};
 use pinfold_demos::device::{Gpu, Validation};
-use pinfold_vulkan::{Config, DeviceContext, Manager};
+use pinfold_vulkan::{Config, DeviceContext, Force, Manager, Uploads};
 
 use crate::machine::memory_available;
 use crate::report::{Device, Heap, MemoryType};
@@ -129,6 +129,25 @@ impl Card {
         // SAFETY: (1) the handles belong together, and the extensions are those that were enabled; (2) every group drops its manager before it
         // returns, and the card is dropped after the last group; (3) the only timeline is the card's; (4) the queue is used from this thread only.
         Ok(unsafe { Manager::new(context, config) }?)
+    }
+
+    /// Settings with which every object is a mirror: on a card with memory of its own in there, filled through the harness's queue.
+    ///
+    /// While an object of such a manager is being acquired, nothing else may be submitted: the harness, which has one thread, is in the acquire.
+    pub(crate) fn mirrors(&self) -> Config {
+        let mut config = Config::default();
+        config.force = Some(Force::Mirror);
+        if !self.shares_memory() {
+            let (device, queue) = (self.gpu.device.clone(), self.gpu.queue);
+            let submit = move |work: &[vk::SubmitInfo<'_>], fence| {
+                // SAFETY: the library's own work, which it keeps alive; the queue is nobody else's meanwhile (see above).
+                unsafe { device.queue_submit(queue, work, fence) }
+            };
+            // SAFETY: (1) the queue is of this family, and access is synchronised as said above; (2) the submit waits for nothing, and the card outlives
+            // the managers.
+            config.uploads = Some(unsafe { Uploads::new([self.gpu.family], submit) });
+        }
+        config
     }
 
     /// The queue's timeline, and a value that nobody has used yet.

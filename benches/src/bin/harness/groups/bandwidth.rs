@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use ash::vk;
-use pinfold_vulkan::{Access, Config, Force, Lease, page_size};
+use pinfold_vulkan::{Access, Config, Lease, page_size};
 
 use crate::groups::import::{PATIENCE, bytes, register, settle};
 use crate::memory::Memory;
@@ -226,9 +226,7 @@ fn one_size(
     let size = size.next_multiple_of(page_size());
     let kernels = Kernels::new(card, 64)?;
     let in_place = card.manager(Config::default())?;
-    let mut config = Config::default();
-    config.force = Some(Force::Mirror);
-    let mirrors = card.manager(config)?;
+    let mirrors = card.manager(card.mirrors())?;
     let memory = Memory::populated(size)?;
     // A device that can't import has nothing to write in place.
     let ours = leased(&in_place, &memory, Access::ReadWrite).or_else(|_| leased(&in_place, &memory, Access::Read))?;

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use anyhow::Result;
-use pinfold_vulkan::{Access, Config, Force, page_size};
+use pinfold_vulkan::{Access, page_size};
 
 use crate::clock::microseconds;
 use crate::groups::import::{PATIENCE, bytes, register, settle};
@@ -13,9 +13,7 @@ use crate::stats::Random;
 use crate::vulkan::{Card, Staged};
 
 pub(crate) fn run(session: &mut Session, card: &Card) -> Result<()> {
-    let mut config = Config::default();
-    config.force = Some(Force::Mirror);
-    let manager = card.manager(config)?;
+    let manager = card.manager(card.mirrors())?;
     let wanted = session.mode.pick(32 << 20, 128 << 20, 256 << 20);
     let size = wanted.min(card.most_bytes()) / page_size() * page_size();
     let memory = Memory::populated(size)?;
