@@ -1,4 +1,4 @@
-//! Translates the shader from WGSL, which people read, to SPIR-V, which drivers read.
+//! Translates the shaders from WGSL, which people read, to SPIR-V, which drivers read.
 
 use std::{env, fs, path::Path};
 
@@ -6,18 +6,26 @@ use anyhow::{Context, Result, anyhow};
 use naga::back::spv;
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 
+const SHADERS: [&str; 4] = ["coloured", "count_others", "product", "triple"];
+
 fn main() -> Result<()> {
     let out = env::var_os("OUT_DIR").context("cargo sets OUT_DIR")?;
-    let source = "shaders/count_others.wgsl";
-    println!("cargo::rerun-if-changed={source}");
-    let wgsl = fs::read_to_string(source)?;
-    let module = naga::front::wgsl::parse_str(&wgsl).map_err(|e| anyhow!(e.emit_to_string(&wgsl)))?;
-    let info = Validator::new(ValidationFlags::all(), Capabilities::empty())
-        .validate(&module)
-        .map_err(|e| anyhow!(e.emit_to_string(&wgsl)))?;
-    let options = spv::Options { lang_version: (1, 3), ..spv::Options::default() };
-    let words = spv::write_vec(&module, &info, &options, None)?;
-    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
-    fs::write(Path::new(&out).join("count_others.spv"), bytes)?;
+    for name in SHADERS {
+        let source = format!("shaders/{name}.wgsl");
+        println!("cargo::rerun-if-changed={source}");
+        let words = translate(&fs::read_to_string(&source)?)?;
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        fs::write(Path::new(&out).join(name).with_extension("spv"), bytes)?;
+    }
     Ok(())
+}
+
+/// SPIR-V words with every entry point of `wgsl`.
+fn translate(wgsl: &str) -> Result<Vec<u32>> {
+    let module = naga::front::wgsl::parse_str(wgsl).map_err(|e| anyhow!(e.emit_to_string(wgsl)))?;
+    let info = Validator::new(ValidationFlags::all(), Capabilities::IMMEDIATES)
+        .validate(&module)
+        .map_err(|e| anyhow!(e.emit_to_string(wgsl)))?;
+    let options = spv::Options { lang_version: (1, 3), ..spv::Options::default() };
+    Ok(spv::write_vec(&module, &info, &options, None)?)
 }

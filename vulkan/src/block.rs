@@ -4,7 +4,7 @@
 //! thousand.
 //!
 //! **Law.** An object is put on a block that exists only if the pages under the object are those the block was made of. No block outlives its
-//! last object.
+//! last object and the last image in it.
 //!
 //! **Protocol.** A block is a target of the address space like an object: over the same addresses, put there *before* they are watched, and they are
 //! watched before they are imported. So every change under it that an object would hear of marks the block as stale, and nobody new is put on
@@ -257,6 +257,15 @@ impl Block {
 
     pub(crate) fn memory(&self) -> vk::DeviceMemory {
         self.memory.raw
+    }
+
+    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
+        self.memory.gpu()
+    }
+
+    /// The index of its memory type.
+    pub(crate) fn kind(&self) -> u32 {
+        self.kind
     }
 
     /// Whether a buffer with these bits can be put on it.

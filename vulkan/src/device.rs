@@ -110,6 +110,10 @@ impl VulkanDevice {
         })
     }
 
+    pub(crate) fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
     /// What the device says of itself.
     #[must_use]
     pub fn capabilities(&self) -> &Capabilities {

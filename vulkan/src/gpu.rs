@@ -229,6 +229,10 @@ impl OwnedMemory {
         gpu.name(raw, label);
         Ok(Self { share, raw })
     }
+
+    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
+        self.share.gpu()
+    }
 }
 
 impl Drop for OwnedMemory {

@@ -108,8 +108,12 @@ impl fmt::Debug for Import {
 /// One chunk's buffer and the imported memory under it. Dropped in this order.
 pub(crate) struct ImportPiece {
     buffer: OwnedBuffer,
-    block: Arc<Block>,
+    pub(crate) block: Arc<Block>,
+    /// Where it starts in the block's memory, in bytes.
+    pub(crate) start: u64,
     size: u64,
+    /// Whether the program may write there.
+    pub(crate) writable: bool,
 }
 
 /// Why a range wasn't imported.
@@ -307,7 +311,8 @@ impl Ground<'_> {
         // memory is dropped after the buffer. A type outside the buffer's own bits is tried only where the two sets have nothing in common:
         // such drivers contradict themselves, and then their answer to the bind decides.
         unsafe { buffer.bind(block.memory(), offset) }.map_err(NotImported::refused(self.gpu, "vkBindBufferMemory"))?;
-        Ok(ImportPiece { buffer, block, size: (cut.object.1 - cut.object.0) as u64 })
+        let (size, writable) = ((cut.object.1 - cut.object.0) as u64, self.usage.contains(WRITING));
+        Ok(ImportPiece { buffer, block, start: offset, size, writable })
     }
 
     /// What has to be added to an imported address to get the program's.
