@@ -24,11 +24,14 @@ use crate::discard::are_gone;
 use crate::notes::What;
 use crate::object::{Fault, Object, Pin, Slot};
 use crate::populate::{populate, resident};
+use crate::room::Charge;
 use crate::state::{Snapshot, State, Step};
 use crate::{Device, Error, Preparation, Request, protocol};
 
 /// How often a worker begins anew because the memory changed hands under it.
 const ATTEMPTS: u32 = 8;
+/// How often room is made for one acquisition, each time twice as much: others may take what was made.
+const ROUNDS: u32 = 16;
 /// After this much quiet, discarded pages that were seen present are taken a second time.
 const SECOND_LOOK: Duration = Duration::from_millis(10);
 
@@ -64,6 +67,12 @@ struct Learnt<D: Device> {
     shards: Shards,
     /// Prepared while the range was unwatched, for exactly these mappings.
     prepared: Option<(D::Prepared, Vec<Mapping>)>,
+    /// Counted before anything is taken, and kept while it begins anew.
+    charge: Option<Charge<D>>,
+    /// How often room has been made.
+    rounds: u32,
+    /// How many imports had been given back when the attempt began.
+    returned: u64,
 }
 
 impl<D: Device> Object<D> {
@@ -76,6 +85,7 @@ impl<D: Device> Object<D> {
             self.wake();
         } else {
             self.build(noted, token, Effort::WORKER);
+            self.worked(token);
         }
     }
 
@@ -95,10 +105,12 @@ impl<D: Device> Object<D> {
 
     /// Takes the pages of an object that this thread has claimed. Returns whether it is valid now; waiters have been told in any case.
     pub(crate) fn build(self: &Arc<Self>, mut noted: Snapshot, token: u64, effort: Effort) -> bool {
-        drop(self.take_stale_pin());
-        let mut learnt = Learnt { shards: noted.shards, prepared: None };
+        // Here and not by a worker: what it was counted with may be just what is needed.
+        self.take_stale_pin().and_then(Arc::into_inner).map(Pin::release);
+        let mut learnt = Learnt { shards: noted.shards, prepared: None, charge: None, rounds: 0, returned: 0 };
         let (mut moved, mut anew) = (0, 0);
         loop {
+            learnt.returned = self.engine.returned.load(Ordering::Relaxed);
             match self.attempt(noted, token, &mut learnt, effort) {
                 Ok(Attempt::Valid) => {
                     self.wake();
@@ -107,6 +119,7 @@ impl<D: Device> Object<D> {
                 Ok(Attempt::Moved) => moved += 1,
                 Ok(Attempt::Crowded) => moved = effort.attempts,
                 Ok(Attempt::Anew) => anew += 1,
+                Err(error) if self.made_room(&error, token, &mut learnt) => anew = 0,
                 Err(error) => {
                     if self.fault(noted, token, error) {
                         self.wake();
@@ -177,6 +190,15 @@ impl<D: Device> Object<D> {
         let before = mappings(self.range)?;
         refuse_special(&before)?;
         let Some(prepared) = self.prepare(&before, learnt)? else { return Ok(Attempt::Anew) };
+        if learnt.charge.is_none() {
+            match self.engine.charge(self.range) {
+                Ok(charge) => learnt.charge = Some(charge),
+                Err(error) => {
+                    learnt.prepared = Some((prepared, before));
+                    return Err(error);
+                }
+            }
+        }
         if discarded.is_none() {
             populate(self.range, self.access, &before)?;
         }
@@ -194,12 +216,11 @@ impl<D: Device> Object<D> {
         if discarded.is_some() {
             populate(self.range, self.access, &after)?; // what the mutator has dropped meanwhile, too
         }
-        let bytes = self.range.len() as u64;
-        self.engine.reserve_budget(self.range)?;
         let request =
             Request { coverage: Some(coverage), discarded: discarded.is_some(), ..self.request(&after, true) };
-        let import = self.engine.device().import(&request, prepared).inspect_err(|_| self.engine.pins.sub(bytes))?;
-        let pin = Pin::new(import, noted.generation, bytes, Arc::clone(&self.engine));
+        let import = self.engine.device().import(&request, prepared)?;
+        let charge = learnt.charge.take().expect("an attempt that got this far has been counted");
+        let pin = Pin::new(import, noted.generation, charge);
         let path = pin.path;
         let published =
             if space.is_busy(watched) { Err(pin) } else { self.publish(noted, token, watched, coverage, pin) };
@@ -214,6 +235,17 @@ impl<D: Device> Object<D> {
             self.look_again(noted);
         }
         Ok(Attempt::Valid)
+    }
+
+    /// Whether something was given back for an acquisition that ended by this error, so that it is worth another try.
+    fn made_room(&self, error: &Error, token: u64, learnt: &mut Learnt<D>) -> bool {
+        let &Error::Budget { needed, available, .. } = error else { return false };
+        if learnt.rounds == ROUNDS || !self.engine.can_fit(self.range) || self.is_restore(token) {
+            return false;
+        }
+        let short = needed.saturating_sub(available).max(1).saturating_mul(1 << learnt.rounds);
+        learnt.rounds += 1;
+        self.engine.make_room(short, self.last_used.load(Ordering::Relaxed), learnt.returned)
     }
 
     /// What must be done before the range is watched. `None`: done, but it moved the generation.
@@ -289,7 +321,8 @@ impl<D: Device> Object<D> {
     pub(crate) fn fail(&self, slot: &mut Slot<D>, error: Error, token: u64) {
         self.engine.counters.faults.fetch_add(1, Ordering::Relaxed);
         self.engine.note(self, What::Faulted(error.errno()));
-        slot.fault = Some(Fault { error, token, told: false });
+        let told = slot.hot.as_ref().is_some_and(|hot| hot.token == token); // nobody has asked
+        slot.fault = Some(Fault { error, token, told });
     }
 
     /// Takes the pages once more after a while, unless something else happens to the object first.

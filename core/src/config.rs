@@ -19,6 +19,10 @@ pub struct Config {
     /// A socket at which other processes of the same user may watch what happens. Default: what `PINFOLD_WATCH` says (a path, or `1` for
     /// `pinfold-<pid>.sock` in the run-time folder), and none without it. Further managers that come to the same path take `<path>.2` and so on.
     pub watch_socket: Option<PathBuf>,
+    /// Before every so manieth submit, one of its objects is invalidated, so that what an engine does with a stale lease is tried out. 0: never,
+    /// which is the default unless `PINFOLD_INJECT_INVALIDATE` says otherwise. [`Manager::inject_invalidate`](crate::Manager::inject_invalidate)
+    /// changes it.
+    pub inject_invalidate: u32,
     /// How long dropping the manager waits for work that is under way before it asks the device. Default 5 s.
     pub close_limit: Duration,
 }
@@ -30,6 +34,10 @@ impl Default for Config {
             budget: u64::MAX,
             inline_limit: 256 << 10,
             watch_socket: None,
+            inject_invalidate: std::env::var("PINFOLD_INJECT_INVALIDATE")
+                .ok()
+                .and_then(|n| n.parse().ok())
+                .unwrap_or(0),
             close_limit: Duration::from_secs(5),
         }
     }

@@ -259,6 +259,15 @@ pub trait Device: Send + Sync + 'static {
     /// Any; the range is then as if it had never been given.
     fn import(&self, request: &Request<'_>, prepared: Self::Prepared) -> Result<Self::Import, DeviceError>;
 
+    /// Bytes that an import of the range counts against `RLIMIT_MEMLOCK`. None, unless the device says otherwise.
+    ///
+    /// Where it does, objects that nobody uses are evicted before the limit is reached. A device whose limit can't be told beforehand answers
+    /// [`DeviceError::Budget`] to an import: then others are evicted, and it is asked again.
+    fn locked_bytes(&self, range: HostRange) -> u64 {
+        let _ = range;
+        0
+    }
+
     /// Makes what the device sees current. Called at every acquire of a valid object; does nothing where the device reads the program's own pages.
     ///
     /// # Errors

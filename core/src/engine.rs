@@ -1,13 +1,17 @@
 //! What all objects of one manager share: device, workers, the address space, the watch list, and the counters.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::any::Any;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use pinfold_invalidate::sync::Futex;
-use pinfold_invalidate::{HostRange, Space};
+use pinfold_invalidate::{Space, Target};
 use pinfold_workqueue::{Flags, Job, Queue};
 
+use crate::object::Object;
+use crate::reaper::Graveyard;
+use crate::room::Victims;
 use crate::watch::WatchList;
 use crate::work::WorkNotes;
 use crate::{Config, Device, Error};
@@ -30,10 +34,20 @@ pub(crate) struct Engine<D: Device> {
     pub(crate) counters: Counters,
     /// Imports that exist, and their bytes.
     pub(crate) pins: Level,
+    /// Bytes that these lock.
+    pub(crate) locked: Level,
+    /// How many imports have been given back. Who is short can tell that there is room again.
+    pub(crate) returned: AtomicU64,
+    /// Objects that are not closed.
+    pub(crate) objects: Level,
     /// Submits under way.
     pub(crate) flights: Level,
-    /// Threads that have taken a stale pin out of its slot and not yet let go of it.
+    /// Threads that have taken a stale pin out of its slot, or what is dead out of the graveyard, and not yet let go of it.
     pub(crate) loose: Level,
+    pub(crate) graveyard: Graveyard<D>,
+    pub(crate) victims: Victims<D>,
+    /// Every so manieth submit is spoilt, if this is not 0.
+    pub(crate) inject: AtomicU32,
     closing: AtomicBool,
 }
 
@@ -50,6 +64,14 @@ pub(crate) struct Counters {
     pub(crate) stale: AtomicU64,
     pub(crate) invalidated: AtomicU64,
     pub(crate) late: AtomicU64,
+    pub(crate) evicted: AtomicU64,
+    pub(crate) evicted_bytes: AtomicU64,
+    pub(crate) shrunk_bytes: AtomicU64,
+    pub(crate) restored: AtomicU64,
+    pub(crate) restore_failures: AtomicU64,
+    pub(crate) injected: AtomicU64,
+    /// Submits since the first that was to be injected.
+    pub(crate) tries: AtomicU64,
 }
 
 /// A count (and a sum of bytes) that can be waited for to become nothing.
@@ -118,11 +140,17 @@ impl<D: Device> Engine<D> {
             queue: Mutex::new(Some(queue)),
             work: WorkNotes::new(Arc::clone(&notes)),
             notes,
+            inject: AtomicU32::new(config.inject_invalidate),
             config,
             counters: Counters::default(),
             pins: Level::default(),
+            locked: Level::default(),
+            returned: AtomicU64::new(0),
+            objects: Level::default(),
             flights: Level::default(),
             loose: Level::default(),
+            graveyard: Graveyard::default(),
+            victims: Victims::default(),
             closing: AtomicBool::new(false),
         })
     }
@@ -153,12 +181,14 @@ impl<D: Device> Engine<D> {
         2 * self.space.deadline()
     }
 
-    /// Counts an import of the range before it is made, so that acquisitions side by side don't exceed the budget together.
-    pub(crate) fn reserve_budget(&self, range: HostRange) -> Result<(), Error> {
-        let needed = range.len() as u64;
-        let what = "the configured budget for imported memory";
-        let over = |available| Error::Budget { range, what, needed, available };
-        self.pins.try_add(needed, self.config.budget).map_err(over)
+    /// Shows every object that is not yet finished, also as the address space's index has it.
+    pub(crate) fn each_object(&self, mut visit: impl FnMut(&Object<D>, &Arc<dyn Target>)) {
+        self.space.for_each(|target| {
+            let any: &dyn Any = &**target;
+            if let Some(object) = any.downcast_ref::<Object<D>>().filter(|object| object.is_of(self)) {
+                visit(object, target);
+            }
+        });
     }
 
     /// Runs `work` on a worker, after earlier work with the same key, which is an object's id. `work` is told whether it was cancelled instead, and is called in any case.
@@ -199,9 +229,12 @@ impl<D: Device> Engine<D> {
 
     /// Does what is queued and ends the workers, then the device's own threads. For the manager's drop.
     pub(crate) fn end(&self) {
-        drop(self.queue.lock().unwrap_or_else(PoisonError::into_inner).take());
+        // Out of the lock first: the queue waits for work that may itself ask for more.
+        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(queue);
         // The settle thread releases by itself what it takes out now.
         self.loose.wait_none(Instant::now() + self.config.close_limit);
+        self.reap(usize::MAX);
         self.device().shut_down();
     }
 

@@ -10,7 +10,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use pinfold_invalidate::sync::Futex;
-use pinfold_invalidate::{Coverage, HostRange, in_bracket, still_watched};
+use pinfold_invalidate::{Cause, Coverage, HostRange, in_bracket, still_watched};
 
 use crate::engine::Engine;
 use crate::error::SubmitError;
@@ -32,7 +32,7 @@ struct Held<D: Device> {
     noted: Snapshot,
     /// Bytes of the object that the work will write.
     written: Vec<Range<usize>>,
-    handle: Arc<Handle<D>>,
+    handle: Handle<D>,
 }
 
 /// How the device sees one object of a lease. Dereferences to the device's import.
@@ -56,11 +56,11 @@ impl<D: Device> Deref for View<'_, D> {
 }
 
 impl<D: Device> Lease<D> {
-    pub(crate) fn new() -> Self {
-        Self { held: Vec::new() }
+    pub(crate) fn with_capacity(objects: usize) -> Self {
+        Self { held: Vec::with_capacity(objects) }
     }
 
-    pub(crate) fn add(&mut self, handle: Arc<Handle<D>>, noted: Snapshot, pin: Arc<Pin<D>>) {
+    pub(crate) fn add(&mut self, handle: Handle<D>, noted: Snapshot, pin: Arc<Pin<D>>) {
         self.held.push(Held { pin, noted, written: Vec::new(), handle });
     }
 
@@ -156,6 +156,7 @@ impl<D: Device> Lease<D> {
         if in_bracket() {
             return Err(SubmitError::Gone(Error::Nested));
         }
+        self.inject(&engine);
         // Before the uses begin, so that a hold-off that gives up on them knows whose they are.
         count(&self.held, Submit::Begins);
         let uses = match self.reserve(&engine) {
@@ -184,6 +185,21 @@ impl<D: Device> Lease<D> {
         match result {
             Ok(_) => Ok(pending),
             Err(panic) => resume_unwind(panic),
+        }
+    }
+
+    /// Invalidates one object of every so manieth submit, each in its turn, if the engine's tests ask for that.
+    fn inject(&self, engine: &Engine<D>) {
+        let every = u64::from(engine.inject.load(Ordering::Relaxed));
+        if every == 0 {
+            return;
+        }
+        let number = engine.counters.tries.fetch_add(1, Ordering::Relaxed) + 1;
+        if number.is_multiple_of(every) {
+            let object = &self.held[(number / every) as usize % self.held.len()].handle.object;
+            engine.counters.injected.fetch_add(1, Ordering::Relaxed);
+            // Refused in a bracket or a forked child only, and the submit is neither.
+            let _ = engine.space.invalidate(object.range, Cause::Injected);
         }
     }
 
@@ -247,7 +263,7 @@ struct Writes<D: Device>(Vec<Write<D>>);
 struct Write<D: Device> {
     pin: Arc<Pin<D>>,
     noted: Snapshot,
-    handle: Arc<Handle<D>>,
+    handle: Handle<D>,
     written: Vec<Range<usize>>,
     /// A mapping that takes the place of this one is not watched, and can be told by that.
     watched: bool,
@@ -279,7 +295,7 @@ impl<D: Device> Writes<D> {
 
 impl<D: Device> Write<D> {
     fn of(held: &Held<D>) -> Self {
-        let (pin, handle, written) = (Arc::clone(&held.pin), Arc::clone(&held.handle), held.written.clone());
+        let (pin, handle, written) = (Arc::clone(&held.pin), held.handle.clone(), held.written.clone());
         let watched = handle.object.slot().coverage == Some(Coverage::Watched);
         Self { pin, noted: held.noted, handle, written, watched }
     }
@@ -409,6 +425,10 @@ impl<D: Device> Retire for Flight<D> {
                 // The monitor may be about to say so, and must not find the object idle instead.
                 held.handle.object.ended_late.store(held.noted.generation.0 + 1, Ordering::Relaxed);
             }
+        }
+        let now = self.engine.counters.acquires.load(Ordering::Relaxed);
+        for held in &held {
+            held.handle.object.last_used.fetch_max(now, Ordering::Relaxed);
         }
         count(&held, Submit::IsOver);
         let writes = Writes(std::mem::take(&mut self.writes().0));

@@ -5,7 +5,7 @@
 //! held off until the work is over. Then the object is invalid, and the next acquire takes what is mapped *then*.
 //!
 //! What is where: `state` has the table of states; `protocol` the three places where an object's word meets the gates; `acquire` the order in
-//! which pages are taken; [`watch`] the queue of everything that happens; [`Device`] what a device must be able to do. Vulkan is one such device,
+//! which pages are taken; `room` evicts what is idle, `restore` brings back what is to be kept ready; [`watch`] the queue of everything that happens; [`Device`] what a device must be able to do. Vulkan is one such device,
 //! in `pinfold-vulkan`, which is the crate that engines name.
 //!
 //! Under `cfg(loom)` the protocol and the watch queue are compiled against loom's atomics; what shows them to the world is left out.
@@ -19,6 +19,7 @@ mod error;
 #[cfg(not(loom))]
 mod host_buffer;
 mod lease;
+mod limits;
 #[cfg(not(loom))]
 mod manager;
 mod notes;
@@ -28,6 +29,9 @@ mod populate;
 pub mod protocol;
 #[cfg(not(loom))]
 mod ready;
+mod reaper;
+mod restore;
+mod room;
 #[doc(hidden)]
 pub mod state;
 mod ticket;

@@ -1,10 +1,9 @@
 //! The manager: registers ranges, hands out leases, and ends it all in the right order.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use pinfold_invalidate::{Cause, HostRange, Shards, SpaceStats, in_bracket};
@@ -23,8 +22,6 @@ pub struct Manager<D: Device> {
 
 struct Owner<D: Device> {
     engine: Arc<Engine<D>>,
-    /// Every object that has not been closed, by id.
-    objects: Mutex<HashMap<u64, Weak<Handle<D>>>>,
     /// Where other processes watch. Holds its owner weakly.
     server: OnceLock<share::Server>,
 }
@@ -40,7 +37,7 @@ impl<D: Device> Manager<D> {
     pub fn new(device: D, config: Config) -> Result<Self, Error> {
         let socket = config.watch_socket.clone().or_else(share::default_path);
         let engine = Arc::new(Engine::new(device, config)?);
-        let owner = Arc::new(Owner { engine, objects: Mutex::default(), server: OnceLock::new() });
+        let owner = Arc::new(Owner { engine, server: OnceLock::new() });
         if let Some(path) = socket {
             let server = listen(&path, &owner)
                 .map_err(|error| Error::Queue { errno: error.errno(), source: Arc::new(error) })?;
@@ -105,8 +102,8 @@ impl<D: Device> Manager<D> {
         let mut object = Object::new(id, range, access, label.into(), Arc::clone(self.engine()));
         object.unwatched = unwatched;
         let object = Arc::new(object);
-        let handle = Arc::new(Handle { object: Arc::clone(&object) });
-        self.owner.objects().insert(id, Arc::downgrade(&handle));
+        let handle = Handle::first(Arc::clone(&object));
+        self.engine().objects.add(0);
         self.engine().note(&object, What::Registered);
         self.engine().space.insert(range, id, object);
         Ok(Userptr { handle })
@@ -120,6 +117,15 @@ impl<D: Device> Manager<D> {
     /// [`Error::Again`] while workers are on it; [`Error::Fault`], [`Error::Budget`], [`Error::Device`] once for each acquisition that failed.
     pub fn acquire(&self, objects: &[&Userptr<D>]) -> Result<Lease<D>, Error> {
         self.try_acquire(objects, None).map_err(|wait| wait.error)
+    }
+
+    /// Says that the objects will be acquired soon: those that are not valid begin to be acquired, by workers, so that the acquire need not wait.
+    /// Waits for nothing; what goes wrong is told to that acquire.
+    ///
+    /// # Errors
+    /// [`Error::Closed`], [`Error::Forked`], [`Error::Nested`], [`Error::Foreign`].
+    pub fn prefetch(&self, objects: &[&Userptr<D>]) -> Result<(), Error> {
+        self.begin_all(objects)
     }
 
     /// As [`acquire`](Self::acquire), waiting up to `limit`.
@@ -183,11 +189,35 @@ impl<D: Device> Manager<D> {
         if !engine.space.wait_open(Shards::ALL, Instant::now() + engine.patience()) {
             return Err(Error::Again);
         }
-        let mut ids = Vec::new();
-        engine.space.visit(range, |_, id, _| ids.push(id));
-        let objects = self.owner.objects();
-        let found = ids.iter().filter_map(|id| objects.get(id)?.upgrade());
-        Ok(found.map(|handle| Userptr { handle }).collect())
+        let mut found = Vec::new();
+        engine.space.visit(range, |_, _, target| {
+            let object = Object::of(Arc::clone(target)).filter(|object| object.is_of(engine));
+            found.extend(object.and_then(Handle::of).map(|handle| Userptr { handle }));
+        });
+        Ok(found)
+    }
+
+    /// For an engine's own tests: from now on, before every `every_nth` submit of this manager one of its objects is invalidated (cause
+    /// [`Injected`](crate::watch::NoteCause::Injected)), so that the submit is [`Stale`](crate::SubmitError::Stale) and has to be made anew. 0 ends
+    /// it. [`Config::inject_invalidate`] and `PINFOLD_INJECT_INVALIDATE` begin with it.
+    pub fn inject_invalidate(&self, every_nth: u32) {
+        self.engine().inject.store(every_nth, Ordering::Relaxed);
+    }
+
+    /// Takes the pages of objects that nobody uses away from the device, the least recently acquired first, until it is `bytes` or nothing is left;
+    /// the objects are then invalid, and their next acquire takes the pages again. Returns the bytes given back: whole objects, so it may be more.
+    ///
+    /// For memory pressure from outside; the manager's own limits make room by themselves. Objects that are
+    /// [kept ready](Userptr::keep_ready) come last, and come back.
+    #[allow(clippy::must_use_candidate)]
+    pub fn shrink(&self, bytes: u64) -> u64 {
+        if self.engine().check().is_err() || in_bracket() { 0 } else { self.engine().shrink(bytes) }
+    }
+
+    /// Bytes that the device has of objects nobody uses, which [`shrink`](Self::shrink) could give back. Looks at every object.
+    #[must_use]
+    pub fn idle_bytes(&self) -> u64 {
+        if self.engine().space.is_forked() { 0 } else { self.engine().idle_bytes() }
     }
 
     /// A queue of everything that happens to this manager's objects, from now on.
@@ -210,9 +240,10 @@ impl<D: Device> Manager<D> {
         let counters = &engine.counters;
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Stats {
-            objects: self.owner.objects().values().filter(|handle| handle.strong_count() > 0).count() as u64,
+            objects: engine.objects.count(),
             imports: engine.pins.count(),
             pinned_bytes: engine.pins.bytes(),
+            locked_bytes: engine.locked.bytes(),
             in_flight: engine.flights.count(),
             acquires: get(&counters.acquires),
             acquired_inline: get(&counters.inline),
@@ -225,21 +256,29 @@ impl<D: Device> Manager<D> {
             stale: get(&counters.stale),
             invalidated: get(&counters.invalidated),
             late: get(&counters.late),
+            evicted: get(&counters.evicted),
+            evicted_bytes: get(&counters.evicted_bytes),
+            shrunk_bytes: get(&counters.shrunk_bytes),
+            restored: get(&counters.restored),
+            restore_failures: get(&counters.restore_failures),
+            injected: get(&counters.injected),
             space: engine.space.stats(),
         }
     }
 }
 
-/// Counts since the manager was made, but for the first four, which say what there is.
+/// Counts since the manager was made, but for the first five, which say what there is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
     /// Objects that are registered.
     pub objects: u64,
-    /// Imports that exist, also those kept by old leases and unfinished work.
+    /// Imports that exist or are being made, also those kept by old leases and unfinished work.
     pub imports: u64,
     /// Bytes of these.
     pub pinned_bytes: u64,
+    /// Bytes that they count against `RLIMIT_MEMLOCK`, as the device tells.
+    pub locked_bytes: u64,
     /// Submits under way.
     pub in_flight: u64,
     /// Calls of the acquire functions, with every try of those that wait.
@@ -264,6 +303,18 @@ pub struct Stats {
     pub invalidated: u64,
     /// Invalidations of objects whose work had not ended before the deadline.
     pub late: u64,
+    /// Objects that were evicted to make room for others.
+    pub evicted: u64,
+    /// Bytes of these.
+    pub evicted_bytes: u64,
+    /// Bytes given back by [`Manager::shrink`].
+    pub shrunk_bytes: u64,
+    /// Objects made valid again in the background, see [`Userptr::keep_ready`].
+    pub restored: u64,
+    /// Tries of that which failed.
+    pub restore_failures: u64,
+    /// Invalidations by [`Manager::inject_invalidate`].
+    pub injected: u64,
     /// What the process-wide tracking has seen.
     pub space: SpaceStats,
 }
@@ -300,8 +351,7 @@ impl<D: Device> share::Source for Owner<D> {
     }
 
     fn present(&self, put: &mut dyn FnMut(Record)) {
-        let handles: Vec<_> = self.objects().values().filter_map(Weak::upgrade).collect();
-        for handle in handles {
+        for handle in self.handles() {
             put(self.engine.present(&handle.object));
         }
         put(self.engine.work.present());
@@ -309,12 +359,11 @@ impl<D: Device> share::Source for Owner<D> {
 }
 
 impl<D: Device> Owner<D> {
-    fn objects(&self) -> MutexGuard<'_, HashMap<u64, Weak<Handle<D>>>> {
-        let mut objects = self.objects.lock().unwrap_or_else(PoisonError::into_inner);
-        if objects.len() > 64 && objects.len() == objects.capacity() {
-            objects.retain(|_, handle| handle.strong_count() > 0);
-        }
-        objects
+    /// A handle of every object that has one. Made inside the visit and used outside, where everything is allowed.
+    fn handles(&self) -> Vec<Handle<D>> {
+        let mut handles = Vec::new();
+        self.engine.each_object(|_, target| handles.extend(Object::of(Arc::clone(target)).and_then(Handle::of)));
+        handles
     }
 }
 
@@ -325,8 +374,7 @@ impl<D: Device> Drop for Owner<D> {
         }
         self.engine.begin_closing();
         self.engine.wait_flights(self.engine.config.close_limit);
-        let objects = std::mem::take(&mut *self.objects());
-        for handle in objects.values().filter_map(Weak::upgrade) {
+        for handle in self.handles() {
             handle.object.close();
         }
         self.engine.end();

@@ -17,6 +17,8 @@ pub(crate) enum What {
     Queued,
     Acquired(Path, Generation),
     Faulted(i32),
+    /// Its pages were given back to make room.
+    Evicted,
     /// Work that uses it has been submitted.
     Submitted,
     /// No work that uses it is under way any more.
@@ -40,6 +42,10 @@ impl<D: Device> Engine<D> {
                 (UserptrEvent::Acquired, path_code(path), 0)
             }
             What::Faulted(errno) => (UserptrEvent::Faulted, NotePath::None, errno),
+            What::Evicted => {
+                note.cause = NoteCause::Evicted;
+                (UserptrEvent::Invalidated, NotePath::None, 0)
+            }
             What::Submitted => (UserptrEvent::Submitted, NotePath::None, 0),
             What::Retired => (UserptrEvent::Retired, NotePath::None, 0),
             What::Closed => (UserptrEvent::Closed, NotePath::None, 0),

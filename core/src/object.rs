@@ -1,6 +1,7 @@
 //! One registered range: its word, its slot, and what happens to it from outside.
 
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::any::Any;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 
@@ -10,6 +11,9 @@ use pinfold_invalidate::{Cause, Change, Coverage, HostRange, Shards, Target};
 use crate::discard::Discarded;
 use crate::engine::Engine;
 use crate::notes::What;
+use crate::reaper::Dead;
+use crate::restore::Hot;
+use crate::room::Charge;
 use crate::state::{Snapshot, State, Step, Word};
 use crate::{Access, Device, Error, Generation, Path, Policy, Use};
 
@@ -27,6 +31,12 @@ pub(crate) struct Object<D: Device> {
     pub(crate) imports: AtomicU64,
     pub(crate) leases: AtomicU64,
     pub(crate) word: Word,
+    /// Handles: the engine's, those of leases, and those of work under way. At 0 the object is closed.
+    handles: AtomicU32,
+    /// The number of the last acquire that asked for it. Written by those who acquire, read by who makes room.
+    pub(crate) last_used: AtomicU64,
+    /// The engine wants it kept ready; what that takes is in the slot. Written under the object lock.
+    pub(crate) hot: AtomicBool,
     /// Submits under way. Written by submit and retirement; for reports only, the protocol counts by shard.
     pub(crate) inflight: AtomicU32,
     /// One more than the generation of the last work that ended after a hold-off had given up on it. Written by retirement.
@@ -49,6 +59,7 @@ pub(crate) struct Slot<D: Device> {
     pub(crate) coverage: Option<Coverage>,
     pub(crate) fault: Option<Fault>,
     pub(crate) wakers: Vec<Waker>,
+    pub(crate) hot: Option<Box<Hot>>,
 }
 
 /// The end of a failed acquisition.
@@ -60,14 +71,19 @@ pub(crate) struct Fault {
     pub(crate) told: bool,
 }
 
-/// Pages that a device has.
+/// Pages that a device has, as leases share them.
 pub(crate) struct Pin<D: Device> {
     /// Taken out by drop only.
-    import: Option<D::Import>,
+    taken: Option<Taken<D>>,
     pub(crate) generation: Generation,
     pub(crate) path: Path,
-    bytes: u64,
-    engine: Arc<Engine<D>>,
+}
+
+/// Pages that a device has. To be given back on a thread that may call the device.
+pub(crate) struct Taken<D: Device> {
+    import: D::Import,
+    /// Dropped behind the import.
+    charge: Charge<D>,
 }
 
 /// What keeps an object open: engine handles, leases, and work under way.
@@ -77,7 +93,7 @@ pub(crate) struct Handle<D: Device> {
 
 impl<D: Device> Object<D> {
     pub(crate) fn new(id: u64, range: HostRange, access: Access, label: Box<str>, engine: Arc<Engine<D>>) -> Self {
-        let slot = Slot { pin: None, token: 0, coverage: None, fault: None, wakers: Vec::new() };
+        let slot = Slot { pin: None, token: 0, coverage: None, fault: None, wakers: Vec::new(), hot: None };
         Self {
             id,
             range,
@@ -88,6 +104,9 @@ impl<D: Device> Object<D> {
             imports: AtomicU64::new(0),
             leases: AtomicU64::new(0),
             word: Word::default(),
+            handles: AtomicU32::new(0),
+            last_used: AtomicU64::new(0),
+            hot: AtomicBool::new(false),
             inflight: AtomicU32::new(0),
             ended_late: AtomicU64::new(0),
             discarded: Discarded::new(),
@@ -95,6 +114,10 @@ impl<D: Device> Object<D> {
             slot: Mutex::new(slot),
             engine,
         }
+    }
+
+    pub(crate) fn is_of(&self, engine: &Engine<D>) -> bool {
+        std::ptr::eq(&raw const *self.engine, engine)
     }
 
     pub(crate) fn slot(&self) -> MutexGuard<'_, Slot<D>> {
@@ -131,6 +154,12 @@ impl<D: Device> Object<D> {
         if stale { slot.pin.take() } else { None }
     }
 
+    /// The object that the address space's index tells of a change, if it is one of this device.
+    pub(crate) fn of(target: Arc<dyn Target>) -> Option<Arc<Self>> {
+        let any: Arc<dyn Any + Send + Sync> = target;
+        any.downcast().ok()
+    }
+
     /// Ends the object: from now on every lease of it is stale. Runs once; the rest is a worker's, behind an acquisition that is under way.
     pub(crate) fn close(self: &Arc<Self>) {
         let before = {
@@ -142,20 +171,24 @@ impl<D: Device> Object<D> {
             return;
         }
         self.wake();
+        self.engine.objects.sub(0);
         self.engine.note(self, What::Closed);
         let object = Arc::clone(self);
-        self.engine.spawn(self.id, move |_| object.finish());
+        if matches!(before.state, State::Queued | State::Acquiring) {
+            self.engine.spawn(self.id, move |_| _ = object.finish());
+        } else {
+            self.engine.bury(Dead::Object(object)); // no acquisition can begin any more
+        }
     }
 
-    /// Gives the pages back, then ends the watch, so that no change in between goes unnoticed.
-    pub(crate) fn finish(&self) {
+    /// Gives the pages back, then ends the watch, so that no change in between goes unnoticed. Returns the bytes of the pages.
+    pub(crate) fn finish(&self) -> u64 {
         let pin = self.slot().pin.take();
-        if let Some(pin) = pin.and_then(Arc::into_inner) {
-            pin.release();
-        }
+        let bytes = pin.and_then(Arc::into_inner).map_or(0, Pin::release);
         self.engine.space.remove(self.range, self.id);
         self.engine.notes.remove_object(self.id);
         self.engine.device().unregistered(self.range);
+        bytes
     }
 }
 
@@ -178,6 +211,9 @@ impl<D: Device> Target for Object<D> {
         self.engine.loose.add(0);
         drop(self.take_stale_pin());
         self.engine.loose.sub(0);
+        if self.hot.load(Ordering::Relaxed) {
+            self.restore_later();
+        }
     }
 
     fn shards(&self) -> Shards {
@@ -190,46 +226,73 @@ impl<D: Device> Target for Object<D> {
 }
 
 impl<D: Device> Pin<D> {
-    /// `bytes` have been counted in `engine.pins` already, and are taken off when the import is released.
-    pub(crate) fn new(import: D::Import, generation: Generation, bytes: u64, engine: Arc<Engine<D>>) -> Self {
-        engine.counters.imports.fetch_add(1, Ordering::Relaxed);
-        let path = engine.device().path(&import);
-        Self { import: Some(import), generation, path, bytes, engine }
+    pub(crate) fn new(import: D::Import, generation: Generation, charge: Charge<D>) -> Self {
+        charge.engine.counters.imports.fetch_add(1, Ordering::Relaxed);
+        let path = charge.engine.device().path(&import);
+        Self { taken: Some(Taken { import, charge }), generation, path }
     }
 
     pub(crate) fn import(&self) -> &D::Import {
-        self.import.as_ref().expect("a pin has its import until it is dropped")
+        &self.taken.as_ref().expect("a pin has its import until it is dropped").import
     }
 
-    /// Gives the pages back on this thread, which must be one that may call the device.
-    pub(crate) fn release(mut self) {
-        self.give_back();
+    pub(crate) fn into_taken(mut self) -> Option<Taken<D>> {
+        self.taken.take()
     }
 
-    fn give_back(&mut self) {
-        if let Some(import) = self.import.take() {
-            self.engine.device().release(import);
-            self.engine.pins.sub(self.bytes);
-        }
+    /// Gives the pages back on this thread, which must be one that may call the device. Returns their bytes.
+    pub(crate) fn release(self) -> u64 {
+        self.into_taken().map_or(0, Taken::give_back)
+    }
+}
+
+impl<D: Device> Taken<D> {
+    /// Gives the pages back on this thread, which must be one that may call the device. Returns their bytes.
+    pub(crate) fn give_back(self) -> u64 {
+        self.charge.engine.device().release(self.import);
+        self.charge.bytes
     }
 }
 
 impl<D: Device> Drop for Pin<D> {
     fn drop(&mut self) {
-        let Some(import) = self.import.take() else { return };
-        if self.engine.space.is_forked() {
-            std::mem::forget(import); // the device is the parent's
+        let Some(taken) = self.taken.take() else { return };
+        if taken.charge.engine.space.is_forked() {
+            std::mem::forget(taken); // the device is the parent's
             return;
         }
         // The last lease or the last retirement may end anywhere, also where the driver must not be called.
-        let pin = Self { import: Some(import), engine: Arc::clone(&self.engine), ..*self };
-        self.engine.spawn_unordered(move |_| pin.release());
+        let engine = Arc::clone(&taken.charge.engine);
+        engine.bury(Dead::Taken(taken));
+    }
+}
+
+impl<D: Device> Handle<D> {
+    /// One more handle; `None` if the last is gone, or the object closed by the manager.
+    pub(crate) fn of(object: Arc<Object<D>>) -> Option<Self> {
+        let more = |count: u32| (count > 0).then_some(count + 1);
+        object.handles.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+        Some(Self { object })
+    }
+
+    /// The first handle of a new object.
+    pub(crate) fn first(object: Arc<Object<D>>) -> Self {
+        object.handles.store(1, Ordering::Relaxed);
+        Self { object }
+    }
+}
+
+impl<D: Device> Clone for Handle<D> {
+    fn clone(&self) -> Self {
+        self.object.handles.fetch_add(1, Ordering::Relaxed); // as in `Arc`: who has one may make another
+        Self { object: Arc::clone(&self.object) }
     }
 }
 
 impl<D: Device> Drop for Handle<D> {
     fn drop(&mut self) {
-        if !self.object.engine.space.is_forked() {
+        // AcqRel: the last one sees what the others did.
+        if self.object.handles.fetch_sub(1, Ordering::AcqRel) == 1 && !self.object.engine.space.is_forked() {
             self.object.close();
         }
     }

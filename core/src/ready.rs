@@ -17,24 +17,16 @@ use crate::{Device, Error, Lease, Manager, Path, Userptr, protocol};
 
 impl<D: Device> Manager<D> {
     pub(crate) fn try_acquire(&self, objects: &[&Userptr<D>], since: Option<&mut Since>) -> Result<Lease<D>, Wait> {
-        let engine = self.engine();
-        engine.check()?;
-        if in_bracket() {
-            return Err(Error::Nested.into());
-        }
-        engine.counters.acquires.fetch_add(1, Ordering::Relaxed);
-        let mut lease = Lease::new();
+        self.ask_for(objects)?;
+        let mut lease = Lease::with_capacity(objects.len());
         let mut wait = None;
         let since = since.map(|since| since.for_objects(objects));
         for (index, userptr) in objects.iter().enumerate() {
             let object = &userptr.handle.object;
-            if !Arc::ptr_eq(&object.engine, engine) {
-                return Err(Error::Foreign.into());
-            }
             let first = since.as_ref().map_or(u64::MAX, |since| since[index]);
             let seen = object.ended.value(); // before the look: an end that comes after it is noticed
             match object.ready(first)? {
-                Some((noted, pin)) => lease.add(Arc::clone(&userptr.handle), noted, pin),
+                Some((noted, pin)) => lease.add(userptr.handle.clone(), noted, pin),
                 None => wait = wait.or(Some((index, seen))), // the others begin all the same
             }
         }
@@ -42,6 +34,38 @@ impl<D: Device> Manager<D> {
             None => Ok(lease),
             object => Err(Wait { error: Error::Again, object }),
         }
+    }
+
+    /// What every acquire begins with.
+    fn ask_for(&self, objects: &[&Userptr<D>]) -> Result<(), Error> {
+        let engine = self.engine();
+        engine.check()?;
+        if in_bracket() {
+            return Err(Error::Nested);
+        }
+        let number = engine.counters.acquires.fetch_add(1, Ordering::Relaxed) + 1;
+        for object in objects.iter().map(|userptr| &userptr.handle.object) {
+            if !object.is_of(engine) {
+                return Err(Error::Foreign);
+            }
+            // All before any is built: none of them makes room for another.
+            object.last_used.fetch_max(number, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Lets workers begin with all that is not valid.
+    pub(crate) fn begin_all(&self, objects: &[&Userptr<D>]) -> Result<(), Error> {
+        self.ask_for(objects)?;
+        for object in objects.iter().map(|userptr| &userptr.handle.object) {
+            // A hint: no look through the gates is needed, as nothing is believed but that it isn't valid.
+            let seen = object.word.read();
+            match seen.state {
+                State::New | State::Invalid | State::Faulted => object.enqueue(seen),
+                _ => object.adopt(),
+            }
+        }
+        Ok(())
     }
 }
 
@@ -94,7 +118,10 @@ impl<D: Device> Object<D> {
                         return Err(Error::Again);
                     }
                 }
-                State::Queued | State::Acquiring => return Ok(None),
+                State::Queued | State::Acquiring => {
+                    self.adopt();
+                    return Ok(None);
+                }
                 State::Closed | State::DeadAfterFork => return Err(Error::Closed),
                 State::New | State::Invalid | State::Faulted => {
                     // Also an acquisition that was cancelled is told as one that failed.

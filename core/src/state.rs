@@ -52,6 +52,8 @@ pub enum Step {
     Abandon,
     /// The range can't be given to the device.
     Fault,
+    /// Nobody uses it, and its pages make room for others. Adds one to the generation, as another import comes next.
+    Evict,
     /// The memory changed hands. Adds one to the generation.
     Invalidate,
     /// The last handle or the manager is gone. Adds one to the generation.
@@ -70,6 +72,7 @@ pub const TRANSITIONS: &[(Step, State, State)] = &[
     (Step::Publish, State::Acquiring, State::Valid),
     (Step::Abandon, State::Acquiring, State::Invalid),
     (Step::Fault, State::Acquiring, State::Faulted),
+    (Step::Evict, State::Valid, State::Invalid),
     (Step::Invalidate, State::Acquiring, State::Invalid),
     (Step::Invalidate, State::Valid, State::Invalid),
     (Step::Close, State::New, State::Closed),
@@ -99,7 +102,8 @@ impl State {
     }
 }
 
-/// How often an object's memory has changed hands, as far as anybody noticed. Two equal generations of one object mean the same memory.
+/// How often an object's memory has changed hands, as far as anybody noticed, or was given back. Two equal generations of one object mean the
+/// same memory in the same import.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Generation(pub u64);
 
@@ -159,7 +163,8 @@ impl Word {
     /// As [`step`](Self::step), and from now on uses are counted in `shards`.
     pub fn step_into(&self, noted: Snapshot, step: Step, shards: Shards) -> Result<Snapshot, Snapshot> {
         let Some(state) = noted.state.after(step) else { return Err(noted) };
-        let generation = if step == Step::Abandon { noted.generation.next() } else { noted.generation };
+        let moves = matches!(step, Step::Abandon | Step::Evict);
+        let generation = if moves { noted.generation.next() } else { noted.generation };
         let next = Snapshot { generation, state, shards };
         // AcqRel: Release for what the step publishes, Acquire for what the step before it did.
         let swapped = self.0.compare_exchange(noted.pack(), next.pack(), Ordering::AcqRel, Ordering::Acquire);
@@ -186,7 +191,7 @@ impl Word {
 mod tests {
     use super::*;
 
-    const STEPS: [Step; 9] = [
+    const STEPS: [Step; 10] = [
         Step::Enqueue,
         Step::Claim,
         Step::Start,
@@ -194,6 +199,7 @@ mod tests {
         Step::Publish,
         Step::Abandon,
         Step::Fault,
+        Step::Evict,
         Step::Invalidate,
         Step::Close,
     ];
@@ -234,7 +240,7 @@ mod tests {
                     let result = word.step(start, step);
                     assert_eq!(result.is_ok(), state.after(step).is_some(), "{state:?} by {step:?}");
                     assert_eq!(word.read().state, state.after(step).unwrap_or(state));
-                    let moved = step == Step::Abandon && result.is_ok();
+                    let moved = matches!(step, Step::Abandon | Step::Evict) && result.is_ok();
                     assert_eq!(word.read().generation, Generation(if moved { 8 } else { 7 }));
                 }
             }

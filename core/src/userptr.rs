@@ -1,7 +1,6 @@
 //! The handle of a registered range.
 
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -13,7 +12,7 @@ use crate::{Device, Error, Path, Policy, protocol};
 
 /// A registered range. Cheap to clone; dropping the last clone (and the last lease of it) ends the registration.
 pub struct Userptr<D: Device> {
-    pub(crate) handle: Arc<Handle<D>>,
+    pub(crate) handle: Handle<D>,
 }
 
 impl<D: Device> Userptr<D> {
@@ -105,6 +104,22 @@ impl<D: Device> Userptr<D> {
         self.handle.object.inflight.load(Ordering::Relaxed)
     }
 
+    /// Wants it kept ready: from now on it is acquired in the background, now and whenever it has been invalidated or evicted, so that the next
+    /// acquire need not wait. Begins 1 ms after the invalidation, doubles the pause while there are more, up to 1 s; evicts nobody, and is evicted
+    /// after all that isn't kept ready. Memory that can't be acquired is left alone until it changes or is acquired again.
+    pub fn keep_ready(&self) {
+        if self.handle.object.engine.check().is_ok() {
+            self.handle.object.heat();
+        }
+    }
+
+    /// Takes [`keep_ready`](Self::keep_ready) back.
+    pub fn let_rest(&self) {
+        if !self.handle.object.engine.space.is_forked() {
+            self.handle.object.cool();
+        }
+    }
+
     /// Takes back an acquisition that is queued or under way, and tells its waiters [`Error::Cancelled`]. Returns whether there was one.
     #[allow(clippy::must_use_candidate)]
     pub fn cancel(&self) -> bool {
@@ -114,7 +129,7 @@ impl<D: Device> Userptr<D> {
 
 impl<D: Device> Clone for Userptr<D> {
     fn clone(&self) -> Self {
-        Self { handle: Arc::clone(&self.handle) }
+        Self { handle: self.handle.clone() }
     }
 }
 

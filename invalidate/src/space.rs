@@ -10,6 +10,7 @@
 //! and shared by reference count; the last handle ends its threads, unregisters what is still watched, and only then closes the descriptors
 //! (a forked child may hold copies of them, and a context that lives on in a child would stop the parent's next `munmap` for ever).
 
+use std::any::Any;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -123,7 +124,7 @@ pub struct Change {
 }
 
 /// What wants to know. Both calls may come more often than there were changes, and for changes that are over.
-pub trait Target: Send + Sync + 'static {
+pub trait Target: Any + Send + Sync {
     /// The bytes change hands. When this returns, the target must count as invalid for whoever looks at it through an open gate.
     ///
     /// Called on the monitor thread (or on the thread of [`Space::mutate`] and [`Space::invalidate`]) with the gates of [`shards`](Self::shards)
@@ -335,6 +336,11 @@ impl Space {
     /// Calls `visit` with each target over the range.
     pub fn visit(&self, range: HostRange, mut visit: impl FnMut(HostRange, u64, &Arc<dyn Target>)) {
         self.inner.index.visit_overlapping(range, |entry| visit(entry.range, entry.id, entry.value));
+    }
+
+    /// Calls `visit` with each target, in address order.
+    pub fn for_each(&self, mut visit: impl FnMut(&Arc<dyn Target>)) {
+        self.inner.index.for_each(|entry| visit(entry.value));
     }
 
     /// Waits until no gate of the set is closed. Returns false when `deadline` has passed first: then nothing may be looked at.

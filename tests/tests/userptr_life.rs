@@ -389,13 +389,12 @@ fn the_budget_is_kept_and_says_what_is_left() {
         error => panic!("{error}"),
     };
     expect(&big, 4, 3);
-    drop(lease(&rig, &two));
+    let held = lease(&rig, &two);
     assert_eq!(rig.manager.stats().pinned_bytes, 2 * page);
     expect(&other, 2, 1);
-    drop(two);
-    rig.device.wait_no_imports();
-    wait_until("the bytes given back", || rig.manager.stats().pinned_bytes == 0);
-    drop(lease(&rig, &other));
+    drop((two, held));
+    drop(lease(&rig, &other)); // at once: what is done with is room
+    assert_eq!(rig.manager.stats().pinned_bytes, 2 * page);
     rig.device.script(Call::Import, &[Answer::Failed(1)]);
     rig.manager.invalidate(other.range()).unwrap();
     assert!(rig.manager.acquire_timeout(&[&other], PATIENCE).is_err());
@@ -973,4 +972,64 @@ fn the_watch_queue_tells_a_whole_life() {
     rig.device.wait_no_imports();
     assert!(queue.notes().next().is_none());
     assert_eq!((submitted.get(), retired.get()), (1, 1));
+}
+
+// ---- for engines' own tests --------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn every_nth_submit_finds_one_of_its_objects_invalidated_each_in_its_turn() {
+    let _alone = alone();
+    let rig = Fake::new();
+    let region = anonymous(3);
+    let objects: Vec<_> = (0..3).map(|page| register(&rig.manager, region.part(page..page + 1))).collect();
+    let all: Vec<_> = objects.iter().collect();
+    let queue = rig.manager.watch(WatchConfig::default()).unwrap();
+    rig.manager.inject_invalidate(3);
+    let mut stale = Vec::new();
+    for number in 1..=18 {
+        match submit(rig.manager.acquire_timeout(&all, PATIENCE).unwrap(), &[]) {
+            Err(SubmitError::Stale { index, .. }) => stale.push((number, index)),
+            other => drop(other.unwrap()),
+        }
+    }
+    assert_eq!(stale, [(3, 1), (6, 2), (9, 0), (12, 1), (15, 2), (18, 0)]);
+    let causes = queue
+        .records()
+        .filter(|record| matches!(record.note(), Note::Userptr(note) if note.cause == NoteCause::Injected));
+    assert_eq!((causes.count(), rig.manager.stats().injected), (6, 6));
+    rig.manager.inject_invalidate(0);
+    for _ in 0..10 {
+        submit(rig.manager.acquire_timeout(&all, PATIENCE).unwrap(), &[]).unwrap();
+    }
+    let mut config = patient();
+    config.inject_invalidate = 1;
+    let rig = Fake::with(config);
+    let object = register(&rig.manager, region.part(0..1));
+    assert!(submit(lease(&rig, &object), &[]).unwrap_err().is_stale());
+}
+
+#[test]
+fn a_prefetch_waits_for_nothing_and_the_acquire_after_it_is_a_hit() {
+    let _alone = alone();
+    let rig = Fake::new();
+    let region = Region::untouched(Backing::Anonymous, 2).unwrap();
+    let (one, two) = (register(&rig.manager, region.part(0..1)), register(&rig.manager, region.part(1..2)));
+    rig.device.script(Call::Import, &[Answer::Hold]);
+    rig.manager.prefetch(&[&one]).unwrap();
+    rig.device.wait_held(1);
+    rig.manager.prefetch(&[&one, &two]).unwrap();
+    wait_until("the other", || two.state().unwrap() == State::Valid);
+    rig.device.let_go();
+    wait_until("the first", || one.state().unwrap() == State::Valid);
+    let imports = rig.manager.stats().imports_made;
+    assert_eq!(rig.manager.acquire(&[&one, &two]).unwrap().len(), 2);
+    assert_eq!(rig.manager.stats().imports_made, imports);
+    // What goes wrong is told to the acquire.
+    rig.device.script(Call::Import, &[Answer::Fault(libc::EPERM)]);
+    rig.manager.invalidate(one.range()).unwrap();
+    rig.manager.prefetch(&[&one]).unwrap();
+    wait_until("the fault", || one.state().unwrap() == State::Faulted);
+    assert_eq!(rig.manager.acquire(&[&one]).unwrap_err().errno(), libc::EPERM);
+    let nested = rig.manager.mutate(&[one.range()], || rig.manager.prefetch(&[&one]).unwrap_err()).unwrap();
+    assert!(matches!(nested, Error::Nested));
 }

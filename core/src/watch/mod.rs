@@ -79,7 +79,7 @@
 //! | | 16..24 | generation |
 //! | | 24..32, 32..40 | range: first address, one past the last |
 //! | | 40..48 | hold-off in nanoseconds |
-//! | | 48 | cause: 0 none, 1 unmap, 2 remap, 3 remove, 4 bracket, 5 manual, 6 injected, 7 fork |
+//! | | 48 | cause: 0 none, 1 unmap, 2 remap, 3 remove, 4 bracket, 5 manual, 6 injected, 7 fork, 8 evicted |
 //! | | 49 | state: 0 new, 1 queued, 2 acquiring, 3 valid, 4 invalid, 5 faulted, 6 closed, 7 dead after fork |
 //! | | 50 | path: 0 none (or not told: acquisitions tell it), 1 import, 2 alias import, 3 dma-buf, 4 mirror |
 //! | | 51 | 0 |

@@ -173,11 +173,22 @@ pub enum NoteCause {
     Injected,
     /// The process forked.
     Fork,
+    /// Nobody used it, and its pages made room for others.
+    Evicted,
 }
 
 impl Code for NoteCause {
-    const ALL: &'static [Self] =
-        &[Self::None, Self::Unmap, Self::Remap, Self::Remove, Self::Bracket, Self::Manual, Self::Injected, Self::Fork];
+    const ALL: &'static [Self] = &[
+        Self::None,
+        Self::Unmap,
+        Self::Remap,
+        Self::Remove,
+        Self::Bracket,
+        Self::Manual,
+        Self::Injected,
+        Self::Fork,
+        Self::Evicted,
+    ];
 }
 
 /// The state an object is in after the event.

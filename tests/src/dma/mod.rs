@@ -101,6 +101,10 @@ impl Device for DmaDevice {
         self.pin(request.range)
     }
 
+    fn locked_bytes(&self, range: HostRange) -> u64 {
+        range.len() as u64
+    }
+
     fn refresh(&self, _: &DmaImport, _: &Request<'_>) -> Result<(), DeviceError> {
         Ok(())
     }

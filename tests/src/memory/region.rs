@@ -295,9 +295,11 @@ fn reserve(len: usize, align: usize) -> io::Result<HostRange> {
 }
 
 fn pattern(pages: Range<usize>) -> Vec<u8> {
-    pages
-        .flat_map(|page| std::iter::repeat_n(u8::try_from(page % 251 + 1).expect("at most 251"), page_size()))
-        .collect()
+    let mut bytes = vec![0; pages.len() * page_size()];
+    for (page, contents) in pages.zip(bytes.chunks_exact_mut(page_size())) {
+        contents.fill(u8::try_from(page % 251 + 1).expect("at most 251"));
+    }
+    bytes
 }
 
 fn check(result: i32) -> io::Result<()> {

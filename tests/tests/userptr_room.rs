@@ -1,0 +1,338 @@
+//! What may be pinned is limited: idle objects make room, oldest first; those that are used never do. And what is kept ready comes back by itself.
+
+#[macro_use]
+mod userptr;
+
+use std::thread;
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use pinfold_core::watch::{Note, NoteCause, UserptrEvent, WatchConfig};
+use pinfold_core::{Access, Device, Error, Lease, Manager, Outcome, State, Userptr, page_size};
+use pinfold_tests::PATIENCE;
+use pinfold_tests::dma::DmaDevice;
+use pinfold_tests::fake::{Answer, Call, FakeDevice};
+use pinfold_tests::fence::Fence;
+use pinfold_tests::memory::{Backing, Region};
+use pinfold_tests::process::isolated;
+use pinfold_tests::{leaks, skip};
+
+use userptr::{Fake, alone, device_sees, filled, patient, program_sees, register, wait_until};
+
+/// A budget of so many pages, and one-page objects over a region of so many.
+fn with_budget(budget: usize, objects: usize) -> (Fake, Region, Vec<Userptr<FakeDevice>>) {
+    let mut config = patient();
+    config.budget = (budget * page_size()) as u64;
+    let rig = Fake::with(config);
+    let region = Region::new(Backing::Anonymous, objects).unwrap();
+    let objects = (0..objects).map(|page| register(&rig.manager, region.part(page..page + 1))).collect();
+    (rig, region, objects)
+}
+
+fn lease<D: Device>(manager: &Manager<D>, object: &Userptr<D>) -> Lease<D> {
+    manager.acquire_timeout(&[object], PATIENCE).unwrap()
+}
+
+/// Which objects are valid, one letter each.
+fn valid(objects: &[Userptr<FakeDevice>]) -> String {
+    objects.iter().map(|object| if object.state().unwrap() == State::Valid { 'V' } else { '-' }).collect()
+}
+
+fn is_budget<T>(result: Result<T, Error>, needed: usize, left: usize) {
+    match result.map(drop).expect_err("no room") {
+        Error::Budget { needed: said, available, .. } => {
+            assert_eq!((said, available), ((needed * page_size()) as u64, (left * page_size()) as u64));
+        }
+        error => panic!("{error}"),
+    }
+}
+
+#[test]
+fn the_least_recently_used_object_makes_room_and_its_next_acquire_is_a_new_import() {
+    let _alone = alone();
+    let (rig, _region, objects) = with_budget(3, 5);
+    for object in &objects[..3] {
+        drop(lease(&rig.manager, object));
+    }
+    let before = objects[1].generation().unwrap();
+    drop(lease(&rig.manager, &objects[0])); // so that 1 is the oldest
+    drop(lease(&rig.manager, &objects[3]));
+    assert_eq!(valid(&objects), "V-VV-");
+    drop(lease(&rig.manager, &objects[4]));
+    assert_eq!(valid(&objects), "V--VV");
+    let again = lease(&rig.manager, &objects[1]);
+    assert!(again.changed_since(0, before), "who keeps descriptors is told of the new import");
+    assert_eq!(valid(&objects), "-V-VV");
+    let stats = rig.manager.stats();
+    assert_eq!((stats.evicted, stats.evicted_bytes), (3, 3 * page_size() as u64));
+    assert_eq!((stats.imports, stats.pinned_bytes), (3, 3 * page_size() as u64));
+    assert_eq!(rig.device.live_imports(), 3);
+}
+
+#[test]
+fn what_is_leased_or_under_way_is_never_evicted() {
+    let _alone = alone();
+    let (rig, _region, objects) = with_budget(2, 3);
+    let (kept, fence) = (lease(&rig.manager, &objects[0]), Fence::new());
+    // SAFETY: nothing is submitted.
+    let pending = unsafe { lease(&rig.manager, &objects[1]).submit([fence.clone()], || Ok::<_, String>(())) }.unwrap();
+    is_budget(rig.manager.acquire_timeout(&[&objects[2]], PATIENCE), 1, 0);
+    assert_eq!((valid(&objects), rig.manager.stats().evicted), ("VV-".into(), 0));
+    assert_eq!((rig.manager.idle_bytes(), rig.manager.shrink(u64::MAX)), (0, 0));
+    fence.signal(Outcome::Done);
+    assert_eq!(pending.wait(PATIENCE), Some(Outcome::Done));
+    drop(lease(&rig.manager, &objects[2]));
+    assert_eq!(valid(&objects), "V-V");
+    drop(kept);
+    drop(lease(&rig.manager, &objects[1]));
+    assert_eq!(valid(&objects), "-VV", "it was last used when its lease was taken");
+}
+
+#[test]
+fn a_set_that_does_not_fit_is_an_error_and_does_not_evict_itself_in_turns() {
+    let _alone = alone();
+    for inline in [usize::MAX, 0] {
+        let (rig, _region, objects) = {
+            let mut config = patient();
+            (config.budget, config.inline_limit) = (2 * page_size() as u64, inline);
+            let rig = Fake::with(config);
+            let region = Region::new(Backing::Anonymous, 3).unwrap();
+            let objects: Vec<_> = (0..3).map(|page| register(&rig.manager, region.part(page..page + 1))).collect();
+            (rig, region, objects)
+        };
+        let all: Vec<_> = objects.iter().collect();
+        is_budget(rig.manager.acquire_timeout(&all, PATIENCE), 1, 0);
+        assert_eq!(rig.manager.stats().evicted, 0);
+        assert_eq!(rig.manager.acquire_timeout(&all[1..], PATIENCE).unwrap().len(), 2);
+        assert_eq!(rig.manager.acquire_timeout(&all[..2], PATIENCE).unwrap().len(), 2);
+    }
+}
+
+#[test]
+fn what_can_never_fit_evicts_nobody() {
+    let _alone = alone();
+    let (rig, region, objects) = with_budget(3, 4);
+    for object in &objects[..3] {
+        drop(lease(&rig.manager, object));
+    }
+    let large = register(&rig.manager, region.range());
+    is_budget(rig.manager.acquire_timeout(&[&large], PATIENCE), 4, 0);
+    assert_eq!(valid(&objects), "VVV-");
+}
+
+#[test]
+fn a_device_that_is_short_is_asked_again_after_others_have_made_room() {
+    let _alone = alone();
+    let (rig, _region, objects) = with_budget(100, 4);
+    for object in &objects[..3] {
+        drop(lease(&rig.manager, object));
+    }
+    rig.device.script(Call::Import, &[Answer::Budget, Answer::Budget]);
+    drop(lease(&rig.manager, &objects[3]));
+    // One page, and twice as much when that was not enough.
+    assert_eq!(valid(&objects), "---V");
+    // Nobody is left to make room: now it is an error, with the device's numbers.
+    rig.device.script(Call::Import, &[Answer::Budget, Answer::Budget]);
+    is_budget(rig.manager.acquire_timeout(&[&objects[0]], PATIENCE), 1, 0);
+    assert_eq!(valid(&objects), "----");
+    drop(lease(&rig.manager, &objects[0]));
+    assert_eq!(rig.device.counts().dropped, 0);
+}
+
+#[test]
+fn pages_of_an_old_generation_are_room_before_anybody_is_evicted() {
+    let _alone = alone();
+    let (rig, region, objects) = with_budget(2, 2);
+    for _ in 0..200 {
+        drop(rig.manager.acquire_timeout(&[&objects[0], &objects[1]], PATIENCE).unwrap());
+        region.map_over(0..2).unwrap();
+    }
+    assert_eq!(rig.manager.stats().evicted, 0);
+}
+
+#[test]
+fn shrinking_takes_the_oldest_and_says_how_much_it_was() {
+    let _alone = alone();
+    let (rig, _region, objects) = with_budget(100, 6);
+    let watch = rig.manager.watch(WatchConfig::default()).unwrap();
+    for index in [3, 0, 1, 2, 4, 5] {
+        drop(lease(&rig.manager, &objects[index]));
+    }
+    let page = page_size() as u64;
+    let kept = lease(&rig.manager, &objects[0]);
+    assert_eq!(rig.manager.idle_bytes(), 5 * page);
+    assert_eq!(rig.manager.shrink(page + 1), 2 * page);
+    assert_eq!(valid(&objects), "V-V-VV");
+    assert_eq!(rig.manager.shrink(0), 0);
+    assert_eq!(rig.manager.shrink(u64::MAX), 3 * page);
+    assert_eq!((valid(&objects).as_str(), rig.manager.stats().shrunk_bytes), ("V-----", 5 * page));
+    assert_eq!((rig.device.live_imports(), rig.manager.stats().pinned_bytes), (1, page));
+    let evicted = watch.records().filter_map(|record| match record.note() {
+        Note::Userptr(note) if note.cause == NoteCause::Evicted => Some((note.event, note.object)),
+        _ => None,
+    });
+    let expected = [3, 1, 2, 4, 5].map(|index: usize| (UserptrEvent::Invalidated, objects[index].id()));
+    assert_eq!(evicted.collect::<Vec<_>>(), expected);
+    drop(kept);
+}
+
+#[test]
+fn an_eviction_loses_no_bytes_and_the_memory_is_watched_as_before() {
+    let _alone = alone();
+    let (rig, region, objects) = with_budget(1, 2);
+    assert_eq!(device_sees(&rig, &objects[0]), program_sees(&region)[..1]);
+    assert_eq!(device_sees(&rig, &objects[1]), program_sees(&region)[1..]);
+    assert_eq!(objects[0].state().unwrap(), State::Invalid);
+    region.fill(0..1, 0x77).unwrap();
+    assert_eq!(device_sees(&rig, &objects[0]), [filled(0x77)]);
+    let generation = objects[0].generation().unwrap();
+    region.map_over(0..1).unwrap();
+    userptr::assert_taken_back(&objects[0], generation);
+}
+
+#[test]
+fn threads_that_share_too_small_a_budget_all_get_their_turn() {
+    let _alone = alone();
+    let (rig, region, objects) = with_budget(2, 8);
+    thread::scope(|scope| {
+        for (page, object) in objects.iter().enumerate() {
+            let (rig, expected) = (&rig, program_sees(&region)[page]);
+            scope.spawn(move || {
+                for _ in 0..50 {
+                    // Others' leases may be all there is: that is an error, and the next try may find them idle.
+                    let lease = loop {
+                        match rig.manager.acquire_timeout(&[object], PATIENCE) {
+                            Ok(lease) => break lease,
+                            Err(Error::Budget { .. }) => thread::yield_now(),
+                            Err(error) => panic!("{error}"),
+                        }
+                    };
+                    assert_eq!(lease.view(0).words, [expected]);
+                }
+            });
+        }
+    });
+    let stats = rig.manager.stats();
+    assert!(stats.imports <= 2 && stats.pinned_bytes <= 2 * page_size() as u64, "{stats:?}");
+    drop(objects);
+    rig.device.wait_no_imports();
+    assert_eq!(rig.device.counts().dropped, 0);
+}
+
+#[test]
+fn an_object_that_is_kept_ready_is_valid_again_without_being_asked_for() {
+    let _alone = alone();
+    let (rig, region, objects) = with_budget(100, 1);
+    let object = &objects[0];
+    object.keep_ready();
+    wait_until("the first acquisition", || object.state().unwrap() == State::Valid);
+    let acquires = rig.manager.stats().acquires;
+    for round in 0..3_u8 {
+        let generation = object.generation().unwrap();
+        region.map_over(0..1).unwrap();
+        region.fill(0..1, round + 1).unwrap();
+        rig.manager.invalidate(region.range()).unwrap();
+        assert!(object.generation().unwrap() > generation);
+        wait_until("the restore", || object.state().unwrap() == State::Valid);
+        let imports = rig.manager.stats().imports_made;
+        assert_eq!(device_sees(&rig, object), [filled(round + 1)]);
+        assert_eq!(rig.manager.stats().imports_made, imports, "the acquire was a hit");
+    }
+    let stats = rig.manager.stats();
+    assert!(stats.restored >= 4 && stats.restore_failures == 0, "{stats:?}");
+    assert_eq!(stats.acquires, acquires + 3);
+
+    rig.manager.shrink(u64::MAX);
+    wait_until("the restore after an eviction", || object.state().unwrap() == State::Valid);
+    object.let_rest();
+    rig.manager.shrink(u64::MAX);
+    assert_eq!(object.state().unwrap(), State::Invalid);
+    let (restored, imports) = (rig.manager.stats().restored, rig.manager.stats().imports_made);
+    drop(lease(&rig.manager, object));
+    assert_eq!((rig.manager.stats().restored, rig.manager.stats().imports_made), (restored, imports + 1));
+}
+
+#[test]
+fn a_restore_that_faults_is_told_to_nobody_and_rests_until_somebody_asks() {
+    let _alone = alone();
+    let (rig, region, objects) = with_budget(100, 1);
+    let object = &objects[0];
+    object.keep_ready();
+    wait_until("the first acquisition", || object.state().unwrap() == State::Valid);
+    region.unmap_all().unwrap();
+    wait_until("the failed restore", || rig.manager.stats().restore_failures > 0);
+    wait_until("the fault", || object.state().unwrap() == State::Faulted);
+    region.map_over(0..1).unwrap();
+    // Not the stored fault, but what is there now.
+    assert_eq!(device_sees(&rig, object), [0]);
+    region.map_over(0..1).unwrap();
+    wait_until("the next restore", || object.state().unwrap() == State::Valid);
+}
+
+#[test]
+fn a_restore_evicts_nobody_and_comes_when_there_is_room() {
+    let _alone = alone();
+    let (rig, _region, objects) = with_budget(1, 2);
+    drop(lease(&rig.manager, &objects[0]));
+    objects[1].keep_ready();
+    wait_until("a failed restore", || rig.manager.stats().restore_failures > 0);
+    assert_eq!((valid(&objects).as_str(), rig.manager.stats().evicted), ("V-", 0));
+    rig.manager.shrink(u64::MAX);
+    wait_until("the restore", || objects[1].state().unwrap() == State::Valid);
+    // Whoever asks goes first all the same.
+    drop(lease(&rig.manager, &objects[0]));
+    assert_eq!(rig.manager.stats().evicted, 1);
+}
+
+#[test]
+fn who_acquires_while_it_is_being_restored_adopts_it_and_is_told_its_failure() {
+    let _alone = alone();
+    let (rig, _region, objects) = with_budget(100, 1);
+    rig.device.script(Call::Import, &[Answer::Hold, Answer::Fault(libc::EPERM)]);
+    objects[0].keep_ready();
+    rig.device.wait_held(1);
+    assert!(rig.manager.acquire(&[&objects[0]]).unwrap_err().is_again());
+    rig.device.let_go();
+    assert_eq!(rig.manager.acquire_timeout(&[&objects[0]], PATIENCE).unwrap_err().errno(), libc::EPERM);
+    assert_eq!(rig.manager.stats().restore_failures, 0);
+}
+
+/// Lets this process lock so many pages. `false` where that changes nothing, or nothing can be locked.
+fn limit_locked_pages(pages: usize) -> bool {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap();
+    let limit = (pages * page_size()) as u64;
+    !nix::unistd::geteuid().is_root() && soft >= limit && setrlimit(Resource::RLIMIT_MEMLOCK, limit, hard).is_ok()
+}
+
+#[test]
+fn locked_memory_is_limited_by_the_process_and_idle_objects_make_room() {
+    isolated(|| {
+        let device = match DmaDevice::new() {
+            Ok(device) => device,
+            Err(e) => skip!("no io_uring here: {e}"),
+        };
+        // What the ring itself takes of it, and other processes of the same user, is the kernel's to refuse.
+        if !limit_locked_pages(64) {
+            skip!("root is exempt from RLIMIT_MEMLOCK, or it is too small for this test");
+        }
+        let manager = Manager::new(device, patient()).unwrap();
+        let region = Region::new(Backing::Anonymous, 256).unwrap();
+        let objects: Vec<_> = (0..16)
+            // SAFETY: no reference points into a region.
+            .map(|part| unsafe { manager.register(region.part(16 * part..16 * part + 16), Access::Read) }.unwrap())
+            .collect();
+        for object in objects.iter().chain(objects.iter().rev()) {
+            drop(lease(&manager, object));
+            assert!(leaks::pinned() <= 64 * page_size() as u64);
+        }
+        let stats = manager.stats();
+        assert!(stats.evicted >= 12 && stats.locked_bytes <= 64 * page_size() as u64, "{stats:?}");
+        let (one, two) = (lease(&manager, &objects[0]), lease(&manager, &objects[1]));
+        // SAFETY: no reference points into a region.
+        let large = unsafe { manager.register(region.part(32..66), Access::Read) }.unwrap();
+        let error = manager.acquire_timeout(&[&large], PATIENCE).unwrap_err();
+        assert!(matches!(error, Error::Budget { .. }), "{error}");
+        drop((one, two));
+        drop(lease(&manager, &large));
+    })
+    .expect_return();
+}
