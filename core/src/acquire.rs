@@ -15,7 +15,7 @@
 //! If the pages were seen absent, its zap has been there. If they were seen present, the object is taken a second time after 10 ms of quiet.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 use pinfold_invalidate::{Backing, Cause, Coverage, ManualReason, Mapping, Shards, Target, WatchError, mappings};
@@ -228,6 +228,10 @@ impl<D: Device> Object<D> {
             pin.release();
             return Ok(Attempt::Moved);
         }
+        fence(Ordering::SeqCst); // between our store to the word and our look at `lost`; partner: `Engine::lose`
+        if self.engine.is_lost() {
+            self.give_up();
+        }
         self.imports.fetch_add(1, Ordering::Relaxed);
         self.discarded.take(noted.generation);
         self.engine.note(self, What::Acquired(path, noted.generation));
@@ -319,6 +323,9 @@ impl<D: Device> Object<D> {
 
     /// Stores the error of an acquisition, under the object lock and together with the step of the word. The caller then wakes who waits.
     pub(crate) fn fail(&self, slot: &mut Slot<D>, error: Error, token: u64) {
+        if error.is_lost() {
+            self.engine.lose();
+        }
         self.engine.counters.faults.fetch_add(1, Ordering::Relaxed);
         self.engine.note(self, What::Faulted(error.errno()));
         let told = slot.hot.as_ref().is_some_and(|hot| hot.token == token); // nobody has asked

@@ -326,6 +326,12 @@ pub trait Device: Send + Sync + 'static {
     /// [`DeviceError::Lost`] if it is lost (then nothing runs, and all tickets have been retired), [`DeviceError::StillBusy`] if the time is over.
     fn wait_idle(&self, limit: Duration) -> Result<(), DeviceError>;
 
+    /// Whether the device is known to be lost. Asked when work ended as [`Outcome::Lost`], which may have other reasons; if it is, the manager gives
+    /// back everything and refuses everything. [`DeviceError::Lost`] from any other call says the same.
+    fn is_lost(&self) -> bool {
+        false
+    }
+
     /// The manager is gone: ends the device's own threads and gives up what belongs to no import. Called once, last, when nothing is under way.
     /// Imports that old leases still keep may be [released](Self::release) even later.
     fn shut_down(&self) {}

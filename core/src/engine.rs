@@ -1,7 +1,7 @@
 //! What all objects of one manager share: device, workers, the address space, the watch list, and the counters.
 
 use std::any::Any;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use crate::reaper::Graveyard;
 use crate::room::Victims;
 use crate::watch::WatchList;
 use crate::work::WorkNotes;
-use crate::{Config, Device, Error};
+use crate::{Config, Device, DeviceError, Error};
 
 /// Name of the work queue, as threads show it: at most 15 bytes.
 const QUEUE: &str = "userptr-acquire";
@@ -49,6 +49,8 @@ pub(crate) struct Engine<D: Device> {
     /// Every so manieth submit is spoilt, if this is not 0.
     pub(crate) inject: AtomicU32,
     closing: AtomicBool,
+    /// Set once, when the device has said so.
+    lost: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -152,6 +154,7 @@ impl<D: Device> Engine<D> {
             graveyard: Graveyard::default(),
             victims: Victims::default(),
             closing: AtomicBool::new(false),
+            lost: AtomicBool::new(false),
         })
     }
 
@@ -169,7 +172,24 @@ impl<D: Device> Engine<D> {
         if self.space.is_forked() {
             return Err(Error::Forked);
         }
-        if self.is_closing() { Err(Error::Closed) } else { Ok(()) }
+        if self.is_closing() {
+            return Err(Error::Closed);
+        }
+        if self.is_lost() { Err(DeviceError::Lost.into()) } else { Ok(()) }
+    }
+
+    pub(crate) fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Relaxed)
+    }
+
+    /// The device is lost: from now on every call says so, and what it had is given back, by a worker.
+    pub(crate) fn lose(self: &Arc<Self>) {
+        if self.lost.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        fence(Ordering::SeqCst); // between our store to `lost` and our look at the words; partner: whoever has published
+        let engine = Arc::clone(self);
+        self.spawn_unordered(move |_| engine.each_object(|object, _| object.give_up()));
     }
 
     pub(crate) fn is_closing(&self) -> bool {

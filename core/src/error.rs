@@ -66,6 +66,12 @@ pub enum Error {
         /// Its words.
         source: Arc<dyn std::error::Error + Send + Sync>,
     },
+    /// A descriptor that isn't one of a file.
+    #[error("can't tell which file this is: {source}; pass an open descriptor of the file that is mapped")]
+    File {
+        /// What the system said.
+        source: Arc<std::io::Error>,
+    },
     /// An object of another manager. `EXDEV`.
     #[error("the object belongs to another manager; each manager leases its own objects only")]
     Foreign,
@@ -90,6 +96,12 @@ impl Error {
         matches!(self, Self::Again)
     }
 
+    /// Whether the device is lost: nothing works any more but dropping everything.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        matches!(self, Self::Device(error) if matches!(**error, DeviceError::Lost))
+    }
+
     /// The errno that says the same.
     #[must_use]
     pub fn errno(&self) -> i32 {
@@ -103,6 +115,7 @@ impl Error {
             Self::Watch(_) | Self::Space(_) => libc::ENOMEM,
             Self::Pool(_) => libc::EAGAIN,
             Self::Queue { errno, .. } => *errno,
+            Self::File { source } => source.raw_os_error().unwrap_or(libc::EBADF),
             Self::Foreign => libc::EXDEV,
             Self::Cancelled => libc::ECANCELED,
             Self::Closed => libc::ESHUTDOWN,

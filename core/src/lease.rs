@@ -438,6 +438,9 @@ impl<D: Device> Retire for Flight<D> {
         drop(underway);
         self.over.bump();
         wakers.into_iter().for_each(Waker::wake);
+        if outcome == Outcome::Lost && self.engine.device().is_lost() {
+            self.engine.lose();
+        }
     }
 }
 

@@ -17,6 +17,8 @@ mod discard;
 mod engine;
 mod error;
 #[cfg(not(loom))]
+mod file;
+#[cfg(not(loom))]
 mod host_buffer;
 mod lease;
 mod limits;

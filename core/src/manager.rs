@@ -68,8 +68,8 @@ impl<D: Device> Manager<D> {
     /// 3. Unmapping or discarding the memory while the device uses it goes through [`mutate`](Self::mutate), or the range is unregistered first.
     ///    Otherwise the mutation is held off, bounded by the deadline, and reported; where the deadline passes, or on a device without real pins
     ///    (a CPU driver, if the memory is private), the device may then read what is there by then, or crash the process.
-    /// 4. Mutations the kernel doesn't report (truncation and hole punching through a descriptor, guard pages) go through `mutate`, or are told to
-    ///    [`invalidate`](Self::invalidate) before the next submit.
+    /// 4. Mutations the kernel doesn't report (truncation and hole punching through a descriptor, guard pages) go through `mutate` or
+    ///    [`mutate_file`](Self::mutate_file), or are told to [`invalidate`](Self::invalidate) before the next submit.
     pub unsafe fn register(&self, range: HostRange, access: Access) -> Result<Userptr<D>, Error> {
         self.add(range, access, "", false)
     }

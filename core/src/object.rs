@@ -160,6 +160,12 @@ impl<D: Device> Object<D> {
         any.downcast().ok()
     }
 
+    /// The device is lost: nothing is valid any more, and the pages are for nobody.
+    pub(crate) fn give_up(&self) {
+        self.word.take_back(Step::Invalidate);
+        drop(self.take_stale_pin());
+    }
+
     /// Ends the object: from now on every lease of it is stale. Runs once; the rest is a worker's, behind an acquisition that is under way.
     pub(crate) fn close(self: &Arc<Self>) {
         let before = {

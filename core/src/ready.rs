@@ -185,7 +185,12 @@ impl<D: Device> Object<D> {
             return Ok(());
         }
         let mappings = mappings(self.range)?;
-        Ok(self.engine.device().refresh(pin.import(), &self.request(&mappings, true))?)
+        self.engine.device().refresh(pin.import(), &self.request(&mappings, true)).map_err(|error| {
+            if matches!(error, crate::DeviceError::Lost) {
+                self.engine.lose();
+            }
+            error.into()
+        })
     }
 
     /// Takes back an acquisition that is queued or under way.

@@ -79,6 +79,9 @@ impl<D: Device> Object<D> {
     }
 
     fn restore(self: &Arc<Self>) {
+        if self.engine.check().is_err() {
+            return;
+        }
         let token = {
             let mut slot = self.slot();
             let slot = &mut *slot;

@@ -66,7 +66,7 @@ pub use dirty_log::{DirtyCursor, Untracked};
 pub use event_path::on_event_path;
 pub use gate::{Era, Gate, Visit};
 pub use index::{Entry, Index};
-pub use maps::{Backing, FileId, Mapping, MapsError, Protection, mapping_at, mappings};
+pub use maps::{Backing, FileId, Mapping, MapsError, Protection, mapped_from, mapping_at, mappings};
 pub use pagemap::{any_present, still_watched};
 pub use range::{HostRange, MAX_PAGES, RangeError, USER_SPACE_END, page_size};
 pub use space::{Cause, Change, DEFAULT_DEADLINE, MAX_DEADLINE, SHARDS, Shards, Space, SpaceError, SpaceStats, Target};

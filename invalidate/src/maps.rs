@@ -8,6 +8,7 @@
 //! acts on the answer must have another way to learn of a change, such as a generation.
 
 mod backing;
+mod file;
 mod query;
 mod text;
 
@@ -16,6 +17,8 @@ use std::io::{self, BufReader};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use thiserror::Error;
+
+pub use file::mapped_from;
 
 use crate::{HostRange, MAX_PAGES, USER_SPACE_END, page_size};
 

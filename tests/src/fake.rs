@@ -75,6 +75,7 @@ struct State {
     held: usize,
     round: u64,
     next_id: u64,
+    lost: bool,
     live: Vec<u64>,
 }
 
@@ -101,6 +102,11 @@ impl FakeDevice {
     /// Adds answers for the next calls of one kind. When they are used up, every call is fine again.
     pub fn script(&self, call: Call, answers: &[Answer]) {
         self.state().scripts[call as usize].extend(answers);
+    }
+
+    /// The device is lost from now on. Its work ends when the test signals its fences, as `Lost`.
+    pub fn lose(&self) {
+        self.state().lost = true;
     }
 
     /// Waits until at least so many calls are held.
@@ -230,6 +236,10 @@ impl Device for FakeDevice {
 
     fn follow(&self, signal: Fence, ticket: Ticket) {
         self.0.followed.follow(signal, ticket);
+    }
+
+    fn is_lost(&self) -> bool {
+        self.state().lost
     }
 
     fn wait_idle(&self, _: Duration) -> Result<(), DeviceError> {

@@ -44,6 +44,11 @@ on_the_driver! {
         a_file_that_is_cut_or_punched_in_a_bracket_is_seen_as_it_then_is
         a_bracket_waits_for_the_work_and_nothing_becomes_valid_inside
     }
+    silent {
+        an_operation_without_an_event_leaves_the_object_valid_and_a_device_with_pins_stale
+        an_operation_without_an_event_is_right_inside_a_bracket
+        an_operation_without_an_event_is_right_after_it_has_been_told
+    }
     overlap {
         overlapping_objects_see_the_same_memory_and_each_is_invalidated_by_its_own_pages_only
     }

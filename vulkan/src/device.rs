@@ -361,6 +361,10 @@ impl Device for VulkanDevice {
         self.completion.follow(signal, ticket);
     }
 
+    fn is_lost(&self) -> bool {
+        self.gpu.is_lost()
+    }
+
     fn wait_idle(&self, limit: Duration) -> Result<(), DeviceError> {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         let answer = match waiting.take() {

@@ -7,6 +7,7 @@ pub mod oracle;
 pub mod overlap;
 pub mod race;
 pub mod register;
+pub mod silent;
 pub mod vulkan;
 
 use std::convert::Infallible;
@@ -36,6 +37,16 @@ pub trait Rig: Sync {
 
     /// Whether the device goes on seeing the old pages when the program's mapping has got others: it has pins, copies, or a mapping of its own.
     fn keeps_pages(&self, backing: Backing) -> bool;
+
+    /// Whether the device goes on seeing pages that the program has lost, whatever took them: it has pins, or copies.
+    fn pins(&self) -> bool {
+        true
+    }
+
+    /// Whether these are copies.
+    fn copies(&self) -> bool {
+        false
+    }
 
     /// To be told of what the program writes into memory it goes on having: a device of copies has to make new ones.
     fn written(&self, _: HostRange) {}
@@ -195,6 +206,10 @@ impl Rig for Fake {
     }
 
     fn keeps_pages(&self, _: Backing) -> bool {
+        true
+    }
+
+    fn copies(&self) -> bool {
         true
     }
 

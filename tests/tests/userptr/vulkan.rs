@@ -39,6 +39,10 @@ impl Rig for Vulkan {
     }
 
     /// The drivers run on the CPU and go through the page table like the program; only a mapping of our own keeps the pages.
+    fn pins(&self) -> bool {
+        false
+    }
+
     fn keeps_pages(&self, backing: Backing) -> bool {
         backing.shared()
     }
