@@ -2,8 +2,8 @@
 
 use std::fmt::Write;
 
-use crate::report::{Report, Row};
-use crate::words::{about, figures, goal, quantity, ratio, verdict};
+use crate::report::{GoalOf, Report, Row};
+use crate::words::{about, figures, goal, quantity, ratio, reason, verdict};
 
 /// A few lines for whoever waits for the end.
 pub(crate) fn terminal(report: &Report) -> String {
@@ -48,7 +48,7 @@ pub(crate) fn page(reports: &[Report]) -> String {
     for report in reports {
         conditions(&mut out, report);
     }
-    _ = writeln!(out, "\n{}\n", goals(&reports.iter().collect::<Vec<_>>()));
+    _ = writeln!(out, "\n\n{}\n", goals(&reports.iter().collect::<Vec<_>>()));
     short(&mut out, reports);
     for report in reports {
         tables(&mut out, report, reports.len() > 1);
@@ -62,13 +62,13 @@ fn device(report: &Report) -> String {
 
 fn conditions(out: &mut String, report: &Report) {
     let machine = &report.machine;
-    _ = writeln!(out, "\n**{}**", device(report));
+    _ = write!(out, "\n- **{}**", device(report));
     if let Some(device) = &report.device {
-        _ = write!(out, "({}, {}, Vulkan {}) ", device.kind, device.driver, device.api_version);
+        _ = write!(out, " ({}, {}, Vulkan {})", device.kind, device.driver, device.api_version);
     }
     _ = write!(
         out,
-        "on {} processors of {}, {}, Linux {}, in a {} run; load average {:.1} at the start and {:.1} at the end",
+        " on {} processors of {}, {}, Linux {}, in a {} run; load average {:.1} at the start and {:.1} at the end",
         machine.processors,
         machine.model,
         quantity(machine.memory_bytes as f64, "bytes"),
@@ -78,7 +78,7 @@ fn conditions(out: &mut String, report: &Report) {
         machine.load_at_end
     );
     if machine.load_at_end.max(machine.load_at_start) > machine.processors as f64 {
-        _ = write!(out, " (**more than the processors: neighbours are in these figures**)");
+        _ = write!(out, " (**more than the processors: the neighbours are in these figures**)");
     }
     let noise = report.noise().map(|noise| {
         format!(
@@ -86,32 +86,47 @@ fn conditions(out: &mut String, report: &Report) {
             figures(noise)
         )
     });
-    _ = writeln!(out, "{}.", noise.unwrap_or_default());
+    _ = write!(out, "{}.", noise.unwrap_or_default());
     if !report.finished {
-        _ = writeln!(out, "The run was interrupted; this is what was finished.");
+        _ = write!(out, " The run was interrupted; this is what was finished.");
     }
 }
 
+/// The rows that miss their goals, a line for each, with every device's figure, and what is known of the reason.
 fn short(out: &mut String, reports: &[Report]) {
-    let mut lines = String::new();
+    let mut lines: Vec<(String, String, Option<&str>)> = Vec::new();
     for report in reports {
         for row in report.comparisons().filter(|row| row.ok == Some(false)) {
-            let against = row.peer_name.as_ref().map(|name| format!(" against {name}")).unwrap_or_default();
-            let value = ratio(row).map(|ratio| format!(", ratio {ratio}")).unwrap_or_default();
-            let on = if reports.len() > 1 { format!(" ({})", device(report)) } else { String::new() };
-            let goal = goal(row).unwrap_or_default();
-            _ = writeln!(
-                lines,
-                "- {} / {}{against}{on}: {}{value}; the goal is {goal}",
+            let of_ratio = row.goal_of == GoalOf::Ratio;
+            let against = row.peer_name.as_ref().filter(|_| of_ratio).map(|name| format!(" against {name}"));
+            let what = format!(
+                "{} / {}{}, goal {}",
                 row.group,
                 row.name,
-                quantity(row.ours, &row.unit)
+                against.unwrap_or_default(),
+                goal(row).unwrap_or_default()
             );
+            let value = match ratio(row).filter(|_| of_ratio) {
+                Some(ratio) => format!("ratio {ratio}, {}", quantity(row.ours, &row.unit)),
+                None => quantity(row.ours, &row.unit),
+            };
+            let value = if reports.len() > 1 { format!("{value} on {}", device(report)) } else { value };
+            match lines.iter_mut().find(|line| line.0 == what) {
+                Some(line) => _ = write!(line.1, "; {value}"),
+                None => lines.push((what, value, reason(&row.group, &row.name))),
+            }
         }
     }
-    if !lines.is_empty() {
-        _ = writeln!(out, "## Where we are short\n\n{lines}");
+    if lines.is_empty() {
+        return;
     }
+    _ = writeln!(out, "## Where we are short\n");
+    let mut last = None;
+    for (what, value, why) in lines {
+        let why = why.filter(|&why| last.replace(why) != Some(why)).map(|why| format!(". {why}")).unwrap_or_default();
+        _ = writeln!(out, "- {what}: {value}{why}");
+    }
+    _ = writeln!(out);
 }
 
 fn tables(out: &mut String, report: &Report, named: bool) {
@@ -125,10 +140,10 @@ fn tables(out: &mut String, report: &Report, named: bool) {
                 "| what | ours | against | theirs | ratio | goal | |\n| --- | --- | --- | --- | --- | --- | --- |"
             );
         }
-        let mut last = "";
+        let mut last = ("", false);
         for row in rows {
-            let name = if row.name == last { "" } else { &row.name };
-            last = &row.name;
+            let of = (row.name.as_str(), row.control);
+            let name = if std::mem::replace(&mut last, of) == of { "" } else { &row.name };
             let control = if row.control { " (control)" } else { "" };
             let peer = row.peer.map(|peer| quantity(peer, &row.unit)).unwrap_or_default();
             _ = writeln!(
@@ -188,7 +203,7 @@ mod tests {
         let page = page(&[report(vec![slow, row("change", 0.5)])]);
         assert!(page.contains("0 of 1 goals are met"), "{page}");
         assert!(
-            page.contains("- index / find against BTreeMap: 100 ns, ratio 2.00 (1.80–2.20); the goal is ≤ 1.00"),
+            page.contains("- index / find against BTreeMap, goal ≤ 1.00: ratio 2.00 (1.80–2.20), 100 ns"),
             "{page}"
         );
         assert!(page.contains("left out: UCX rcache: no libucs.so.0 <here>"), "{page}");

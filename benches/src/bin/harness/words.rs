@@ -91,6 +91,45 @@ pub(crate) fn about(group: &str) -> &'static str {
     }
 }
 
+/// What is known of why a row is as it is: what ours does that the peer doesn't.
+pub(crate) fn reason(group: &str, name: &str) -> Option<&'static str> {
+    let known = [
+        (
+            "import",
+            "acquire, cold",
+            "Ours also makes every page present, watches the range and looks at its mappings before and after, so it grows with the pages; by hand it is the driver's calls alone, and on a CPU driver those pin nothing",
+        ),
+        (
+            "import",
+            "register",
+            "An object is entered into two tables, of which one is copied where it changes so that readers need no lock; each thread that has used an arc-swap makes that dearer",
+        ),
+        (
+            "mirror",
+            "refresh",
+            "A refresh asks the kernel which pages were written and lets the kernel copy them, as a plain copy would crash when the memory vanishes; what is protected again faults at the next write",
+        ),
+        (
+            "submit",
+            "submit's own work",
+            "A submit allocates once and counts in each shard, whatever the number of objects: few objects have more of it each",
+        ),
+        (
+            "invalidate",
+            "watched",
+            "The watcher closes the gate, waits for what is under way and tells the objects; the bare one reads and throws away",
+        ),
+        (
+            "invalidate",
+            "watch a page of watched memory",
+            "Each time the kernel is asked what is mapped there, before and after",
+        ),
+        ("workqueue", "empty items", "Every item passes the pool's one lock twice"),
+        ("watch", "post and read", "Each post walks the list of watches and each read takes the reader's lock"),
+    ];
+    known.iter().find(|(of, begins, _)| *of == group && name.starts_with(begins)).map(|(_, _, why)| *why)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use pinfold_vulkan::{Access, Config, Manager, Userptr, page_size};
 
 use crate::clock::{microseconds, wall};
-use crate::groups::index::thousands;
+use crate::groups::index::counted;
 use crate::memory::Memory;
 use crate::session::{Contender, Goal, Plan, Session};
 use crate::vulkan::{Card, Staged};
@@ -184,12 +184,12 @@ fn many(session: &mut Session, card: &Card, manager: &Manager) -> Result<()> {
             map.lock().expect("whole").retain(|(range, _), ()| *range != one.range());
             Ok(time / 1e3)
         };
-        let name = format!("register, beside {} objects", thousands(count));
+        let name = format!("register, beside {}", counted(count, "object"));
         let plan = Plan::new(name, "µs", Contender::new("pinfold", ours)).goal(Goal::ours(1.0));
         let plan = plan.against(Contender::new("insert into a locked BTreeMap", theirs), None);
         registered.push((count as f64, session.measure(plan.at_most(41))?));
 
-        let name = format!("acquire, cold, 4 KiB, beside {} objects", thousands(count));
+        let name = format!("acquire, cold, 4 KiB, beside {}", counted(count, "object"));
         let plan = Plan::new(name, "µs", Contender::new("pinfold", || cold(manager, &one)));
         let plan = plan.against(Contender::new("import by hand", || by_hand(card, &one)), None);
         acquired.push((count as f64, session.measure(plan.quiet().at_most(41))?));

@@ -424,6 +424,11 @@ fn readers(session: &mut Session, load: &Load) -> Result<()> {
     session.curve("find, by each of several readers", "threads", "ns", points)
 }
 
+/// `1 object`, `10,000 objects`
+pub(crate) fn counted(n: usize, what: &str) -> String {
+    format!("{} {what}{}", thousands(n), if n == 1 { "" } else { "s" })
+}
+
 /// `100,000`
 pub(crate) fn thousands(n: usize) -> String {
     let digits = n.to_string();

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use pinfold_invalidate::{Change, Coverage, DEFAULT_DEADLINE, HostRange, Shards, Space, Target, page_size};
 
 use crate::clock::{cpu, microseconds, nanoseconds};
-use crate::groups::index::thousands;
+use crate::groups::index::{counted, thousands};
 use crate::machine::memory_available;
 use crate::memory::Memory;
 use crate::placement::{self, Pinned, allowed};
@@ -359,12 +359,12 @@ fn en_masse(session: &mut Session) -> Result<()> {
     let mut curve: Vec<(f64, Medians)> = Vec::new();
     for count in counts {
         if (count * page_size()) as u64 > memory_available() / 4 {
-            session.absent(&format!("{} objects", thousands(count)), "too little memory is free");
+            session.absent(&counted(count, "object"), "too little memory is free");
             continue;
         }
         let rounds = if count >= 100_000 { 5 } else { 41 };
         let plan = Plan::new(
-            format!("one munmap over {} objects", thousands(count)),
+            format!("one munmap over {}", counted(count, "object")),
             "µs",
             Contender::new("pinfold", || unmap(count, By::Ours(&space))),
         );

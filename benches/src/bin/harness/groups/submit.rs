@@ -6,6 +6,7 @@ use pinfold_vulkan::{Access, Config, Lease, Manager, Timeline, Userptr, page_siz
 
 use crate::clock::wall;
 use crate::groups::import::{PATIENCE, settle};
+use crate::groups::index::counted;
 use crate::memory::Memory;
 use crate::session::{Contender, Goal, Plan, Session};
 use crate::vulkan::Card;
@@ -84,12 +85,11 @@ pub(crate) fn run(session: &mut Session, card: &Card) -> Result<()> {
     for count in [1, 16, 256] {
         let some = &refs[..count];
         let each = count as f64;
-        let plural = if count == 1 { "" } else { "s" };
-        let name = format!("submit's own work, {count} object{plural}, for each");
+        let name = format!("submit's own work, {}, for each", counted(count, "object"));
         let plan = Plan::new(name, "ns", Contender::new("pinfold", || Ok(bookkeeping(&manager, some)? / each)));
         let peer = Contender::new("vkQueueSubmit, shared by the objects", || Ok(bare(card)? / each));
         session.measure(plan.against(peer, None).goal(Goal::ours(50.0)))?;
-        let name = format!("acquire and submit, {count} object{plural}");
+        let name = format!("acquire and submit, {}", counted(count, "object"));
         let plan = Plan::new(name, "ns", Contender::new("pinfold", || whole(card, &manager, some)));
         curve.push((each, session.measure(plan.against(Contender::new("vkQueueSubmit", || bare(card)), None))?));
     }

@@ -13,7 +13,7 @@ use io_uring::{IoUring, opcode, squeue};
 use pinfold_workqueue::{Job, Pool, Topology, blocking};
 
 use crate::clock::{cpu, microseconds, nanoseconds};
-use crate::groups::index::thousands;
+use crate::groups::index::{counted, thousands};
 use crate::session::{Contender, Goal, Plan, Session};
 #[cfg(test)]
 use crate::stats::median;
@@ -278,7 +278,7 @@ pub(crate) fn run(session: &mut Session) -> Result<()> {
             let pool = Arc::clone(pool);
             move || Ok(throughput(&*pool, producers, batch))
         };
-        let name = format!("empty items, {producers} producer{}", if producers == 1 { "" } else { "s" });
+        let name = format!("empty items, {}", counted(producers, "producer"));
         let mut plan = Plan::new(name, "ns", Contender::new("pinfold-workqueue", sample(&everyone[0].1)));
         for (name, pool) in &everyone[1..] {
             let goal = match (name.starts_with("crossbeam"), producers) {
@@ -328,7 +328,7 @@ fn behind_blocked_workers(session: &mut Session) -> Result<()> {
         waited.first().copied().ok_or_else(|| anyhow::anyhow!("an item behind sleeping workers never ran"))
     };
     for blocked in [1, 2, 7] {
-        let workers = format!("{blocked} sleeping worker{}", if blocked == 1 { "" } else { "s" });
+        let workers = counted(blocked as usize, "sleeping worker");
         let spawn = || {
             let begun = Instant::now();
             let started = std::thread::spawn(Instant::now).join().expect("it only looks at the clock");
