@@ -273,9 +273,9 @@ impl Session {
         let mut values = vec![Vec::new(); contenders.len()];
         let mut per_round = vec![Vec::new(); contenders.len()];
         let mut round = 0;
-        // Where one round takes long, on a machine that is busy, three must do.
-        let enough = |round: usize, spent: Duration| round >= least.min(if spent > 4 * budget { 3 } else { least });
-        while !enough(round, begun.elapsed()) || (round < most && begun.elapsed() < budget) {
+        // Where a round takes long, on a machine that is busy, three must do.
+        let needed = |spent: Duration| if spent > 4 * budget { least.min(3) } else { least };
+        while round < needed(begun.elapsed()) || (round < most && begun.elapsed() < budget) {
             let turns: Vec<_> = match round % 2 {
                 0 => (0..contenders.len()).collect(),
                 _ => (0..contenders.len()).rev().collect(),

@@ -173,17 +173,23 @@ impl Card {
         Some(budget.heap_budget.into_iter().zip(budget.heap_usage).collect())
     }
 
+    /// Bytes of a heap that can still be taken; its size, where the driver doesn't tell.
+    pub(crate) fn heap_left(&self, heap: usize) -> u64 {
+        let size = self.gpu.memory.memory_heaps[heap].size;
+        self.budgets().map_or(size, |all| all[heap].0.saturating_sub(all[heap].1).min(size))
+    }
+
     /// The most bytes that one object of a measurement may have: a quarter of what is free on this machine, as the object and copies of it exist at
-    /// a time, and a third of what is free in the smallest of the card's heaps (its whole size, where the driver doesn't tell). A CPU driver's heap
-    /// is the machine's memory, whatever size it claims.
+    /// a time, and a third of what is free in the largest heap that is the card's own, and in the largest that isn't. A CPU driver's heap is the
+    /// machine's memory, whatever size it claims.
     pub(crate) fn most_bytes(&self) -> usize {
-        let budgets = self.budgets();
-        let left = |heap: usize| {
-            let size = self.gpu.memory.memory_heaps[heap].size;
-            budgets.as_ref().map_or(size, |all| all[heap].0.saturating_sub(all[heap].1).min(size))
+        let heaps = self.gpu.memory.memory_heaps_as_slice().iter().enumerate();
+        let largest = |own: bool| {
+            let fits = heaps.clone().filter(|(_, heap)| heap.flags.contains(vk::MemoryHeapFlags::DEVICE_LOCAL) == own);
+            fits.map(|(index, _)| self.heap_left(index)).max()
         };
-        let heaps = (0..self.gpu.memory.memory_heap_count as usize).map(left).filter(|&left| left > 0);
-        let card = if self.gpu.is_cpu() { u64::MAX } else { heaps.min().unwrap_or(1 << 30) / 3 };
+        let card = [largest(true), largest(false)].into_iter().flatten().min().unwrap_or(1 << 30) / 3;
+        let card = if self.gpu.is_cpu() { u64::MAX } else { card };
         usize::try_from(card.min(memory_available() / 4)).unwrap_or(usize::MAX)
     }
 
