@@ -19,7 +19,7 @@ use crate::completion::{Completion, Signal};
 use crate::gpu::Gpu;
 use crate::import::{Import, NotImported, Store, import, imported, usage};
 use crate::mirror::{MirrorHeap, mirror};
-use crate::path::{MappingKind, Plan, Rules, Run, decide, is_mirror_cheaper};
+use crate::path::{MappingKind, Plan, Rules, Run, decide, is_known, is_mirror_cheaper};
 use crate::probe::{Costs, Trial, TrialResult, Trials};
 use crate::upload::Uploader;
 use crate::{Capabilities, Config, DeviceContext, Force, SetupError, Support};
@@ -186,8 +186,8 @@ impl VulkanDevice {
     /// Why a range that could be imported had better not be.
     fn cheaper(&self, request: &Request<'_>) -> Option<MirrorReason> {
         let free = self.rules.force.is_none() && request.policy == Policy::Auto && request.access == Access::Read;
-        // Without imports there is nothing to measure, and nothing to choose.
-        if !free || request.used.imports == 0 || !self.rules.imports {
+        // Measuring takes a while, so it isn't done for objects that stay.
+        if !free || !is_known(request.used) || !self.rules.imports {
             return None;
         }
         let (costs, bytes) = (self.costs()?, request.range.len() as u64);

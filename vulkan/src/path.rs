@@ -161,14 +161,19 @@ pub(crate) struct Rules {
     pub(crate) aliases: bool,
 }
 
+/// Whether an object has been taken often enough to judge by.
+pub(crate) fn is_known(used: Use) -> bool {
+    const ENOUGH: u64 = 4;
+    used.imports >= ENOUGH
+}
+
 /// Whether copying an object is the better deal: what taking its pages cost so far, and what mirrors would have. A refresh counts as a quarter of
 /// a copy, as it copies what has changed. Asked only once there is something to judge by: an object that is taken once and used for ever is
 /// best imported at any cost.
 pub(crate) fn is_mirror_cheaper(used: Use, import_ns: u64, copy_ns: u64) -> bool {
-    const ENOUGH: u64 = 4;
     let imports = (u128::from(used.imports) * u128::from(import_ns)).saturating_mul(4);
     let copies = (u128::from(used.imports) * 4 + u128::from(used.leases)).saturating_mul(copy_ns.into());
-    used.imports >= ENOUGH && imports > copies
+    is_known(used) && imports > copies
 }
 
 /// The way of a range that consists of `mappings`.

@@ -81,8 +81,8 @@ pub struct Costs {
 }
 
 impl Costs {
-    /// The size that import and copy are compared at: 8 MiB.
-    pub const LARGE: usize = 8 << 20;
+    /// The size that import and copy are compared at: 4 MiB.
+    pub const LARGE: usize = 4 << 20;
 
     /// What importing `bytes` takes, in nanoseconds: a fixed part, and one that grows with the size.
     #[must_use]
@@ -91,10 +91,11 @@ impl Costs {
         growth.saturating_add(u64::try_from(self.small_import.as_nanos()).unwrap_or(u64::MAX))
     }
 
-    /// What copying `bytes` takes, in nanoseconds.
+    /// What a mirror of `bytes` takes instead, in nanoseconds: a buffer and memory, as an import does, and the copy.
     #[must_use]
     pub fn copy_ns(&self, bytes: u64) -> u64 {
-        scale(self.large_copy, bytes)
+        let fixed = u64::try_from(self.small_import.as_nanos()).unwrap_or(u64::MAX);
+        scale(self.large_copy, bytes).saturating_add(fixed)
     }
 }
 
