@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use nix::errno::Errno;
 use nix::sys::mman::{MRemapFlags, mremap, munmap};
 use pinfold_core::DeviceError;
-use pinfold_invalidate::{FileId, HostRange, Protection, Space, mappings};
+use pinfold_invalidate::{FileId, HostRange, Protection, Space, mappings, page_size};
 
 use crate::path::Run;
 
@@ -79,12 +79,32 @@ struct Entry {
     kept: Option<Kept>,
 }
 
+#[derive(Clone)]
 struct Kept {
-    _alias: Arc<Alias>,
+    alias: Arc<Alias>,
     /// Where the program has what it shows.
     source: HostRange,
     /// Whose objects it is kept for.
     group: usize,
+}
+
+impl Kept {
+    /// Whether an object of the group lies over what the alias shows. Asked of ever larger surroundings of `near`: where there are many, one is near.
+    fn is_wanted(&self, space: &Space, near: HostRange) -> bool {
+        let mut reach = near.len().max(1 << 20);
+        loop {
+            let start = self.source.start().max(near.start().saturating_sub(reach) / page_size() * page_size());
+            let end = self.source.end().min(near.end().saturating_add(reach) / page_size() * page_size());
+            let mut wanted = false;
+            if let Some(part) = HostRange::from_bounds(start as u64, end as u64) {
+                space.visit(part, |_, _, target| wanted |= target.group() == self.group);
+            }
+            if wanted || (start == self.source.start() && end == self.source.end()) {
+                return wanted;
+            }
+            reach = reach.saturating_mul(4);
+        }
+    }
 }
 
 /// Why there is no alias.
@@ -125,7 +145,7 @@ impl AliasCache {
             let why = "another thread mapped something else there while an alias was made; acquire again";
             return Err(NoAlias::Fault(DeviceError::Fault { range, why, errno: libc::EAGAIN }));
         }
-        let kept = (group != 0).then(|| Kept { _alias: Arc::clone(&new), source: range, group });
+        let kept = (group != 0).then(|| Kept { alias: Arc::clone(&new), source: range, group });
         let mut alive = self.alive();
         let same_file = alive.by_file.entry((run.file, run.protection)).or_default();
         let faster = same_file.iter().find(|entry| entry.run == run).and_then(|entry| entry.alias.upgrade());
@@ -137,22 +157,30 @@ impl AliasCache {
         Ok(faster.unwrap_or(new))
     }
 
-    /// Gives up aliases that were kept for objects over `range` and that nobody can want: none of their group's objects is left over what they show,
-    /// or the program has something else mapped at `range`. Those in use go with their last user.
-    pub(crate) fn reconsider(&self, space: &Space, range: HostRange) {
-        let over: Vec<_> = {
-            let alive = self.alive();
-            let kept = alive.by_file.values().flatten().filter_map(|entry| Some((entry, entry.kept.as_ref()?)));
-            let over = kept.filter(|(_, kept)| kept.source.overlaps(range));
-            over.map(|(entry, kept)| (entry.run, entry.id, kept.source, kept.group)).collect()
-        };
-        for (run, id, source, group) in over {
-            let mut wanted = false;
-            space.visit(source, |_, _, target| wanted |= target.group() == group);
-            if !wanted || !source.intersection(range).is_some_and(|part| shows(part, source, run)) {
+    /// Gives up aliases that are kept and out of use, if the program has something else mapped at `range`, where an object used them.
+    pub(crate) fn give_up_moved(&self, range: HostRange) {
+        for (run, id, kept) in self.idle(range) {
+            if !kept.source.intersection(range).is_some_and(|part| shows(part, kept.source, run)) {
                 drop(self.let_go(run, id));
             }
         }
+    }
+
+    /// Gives up aliases that are kept and out of use, if no object is left that could want them. One over `range` has just gone.
+    pub(crate) fn give_up_unwanted(&self, space: &Space, range: HostRange) {
+        for (run, id, kept) in self.idle(range) {
+            if !kept.is_wanted(space, range) {
+                drop(self.let_go(run, id));
+            }
+        }
+    }
+
+    /// Aliases that show what is at `range` and that nothing but keeping them keeps.
+    fn idle(&self, range: HostRange) -> Vec<(Run, u64, Kept)> {
+        let alive = self.alive();
+        let kept = alive.by_file.values().flatten().filter_map(|entry| Some((entry, entry.kept.as_ref()?)));
+        let idle = kept.filter(|(_, kept)| kept.source.overlaps(range) && Arc::strong_count(&kept.alias) == 1);
+        idle.map(|(entry, kept)| (entry.run, entry.id, kept.clone())).collect()
     }
 
     /// Gives up every alias that is kept.
@@ -231,7 +259,6 @@ mod tests {
     use nix::sys::memfd::{MFdFlags, memfd_create};
     use nix::sys::mman::{MapFlags, ProtFlags, mmap};
     use nix::unistd::ftruncate;
-    use pinfold_invalidate::page_size;
 
     use super::*;
 
@@ -302,15 +329,20 @@ mod tests {
             let target: Arc<dyn pinfold_invalidate::Target> = Arc::new(Member(group));
             space.insert(range, 1 << 62, target);
             drop(cache.make(range, run(range), group).unwrap());
-            cache.reconsider(&space, range);
+            let last = HostRange::new(range.start() + page_size(), page_size()).unwrap();
+            for part in [range, last] {
+                cache.give_up_moved(part);
+                cache.give_up_unwanted(&space, part);
+            }
             assert_eq!(cache.len(), 1, "kept while there is somebody to want it");
             if unmapped {
                 unmap(range);
-                cache.reconsider(&space, range);
+                cache.give_up_moved(last);
+                assert_eq!(cache.len(), 0);
             }
             space.remove(range, 1 << 62);
             if !unmapped {
-                cache.reconsider(&space, range);
+                cache.give_up_unwanted(&space, last);
                 unmap(range);
             }
             assert_eq!(cache.len(), 0);

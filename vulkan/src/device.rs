@@ -341,7 +341,7 @@ impl Device for VulkanDevice {
     }
 
     fn unregistered(&self, range: HostRange) {
-        self.aliases.reconsider(&self.blocks.space, range);
+        self.aliases.give_up_unwanted(&self.blocks.space, range);
     }
 
     fn release(&self, import: Import) {
@@ -349,7 +349,7 @@ impl Device for VulkanDevice {
         drop(import);
         // If the program has mapped something else there, nobody will want the alias again.
         if let Some(range) = program {
-            self.aliases.reconsider(&self.blocks.space, range);
+            self.aliases.give_up_moved(range);
         }
     }
 

@@ -95,6 +95,24 @@ fn a_refresh_copies_what_was_written_and_no_more_wherever_the_mirror_is() {
 }
 
 #[test]
+fn a_mirror_larger_than_the_staging_buffer_is_filled_in_several_goes() {
+    let Some(fixture) = Fixture::new() else { return };
+    let manager = manager(&fixture, mirrors(MirrorPlace::DeviceLocal, &fixture));
+    let pages = (20 << 20) / page_size() + 1;
+    let memory = Memory::anonymous(pages);
+    let byte = |page: usize, round: usize| (page * 7 + page / 251 + round) as u8;
+    let object = register(&manager, memory.range(), Access::Read);
+    for round in 0..2 {
+        (0..pages).for_each(|page| memory.write(page * page_size() + 9, byte(page, round)));
+        let lease = manager.acquire_timeout(&[&object], GENEROUS).unwrap();
+        let seen = fixture.read(&lease.view(0), 0, lease.view(0).size);
+        let wrong = (0..pages).find(|page| seen[page * page_size() + 9] != byte(*page, round));
+        assert_eq!(wrong, None, "round {round}");
+    }
+    drop(object);
+}
+
+#[test]
 fn mirrors_of_two_managers_over_the_same_bytes_both_see_every_write() {
     let (Some(one), Some(two)) = (Fixture::new(), Fixture::new()) else { return };
     let memory = Memory::anonymous(40);
@@ -153,7 +171,7 @@ fn an_acquire_while_the_device_writes_neither_overwrites_its_results_nor_loses_t
     let manager = manager(&fixture, mirrors(MirrorPlace::HostVisible, &fixture));
     let memory = Memory::anonymous(4);
     let object = register(&manager, memory.range(), Access::ReadWrite);
-    let (go, done) = (fixture.timeline(), fixture.timeline());
+    let (go, done, filled) = (fixture.timeline(), fixture.timeline(), fixture.timeline());
     let mut lease = manager.acquire_timeout(&[&object], GENEROUS).unwrap();
     lease.declare_written(0, 64..128);
     let view = lease.view(0);
@@ -161,13 +179,14 @@ fn an_acquire_while_the_device_writes_neither_overwrites_its_results_nor_loses_t
     // Its result is written at once, and the work goes on until `go`.
     let first = fixture.record(|commands| fixture.fill(commands, (buffer, 64), 64, 0x0202_0202));
     let submit = || {
-        fixture.submit(&[first], None, None);
+        fixture.submit(&[first], None, Some((filled, 1)));
         fixture.submit(&[], Some((go, 1)), Some((done, 1)));
         Ok::<_, Infallible>(())
     };
     // SAFETY: `done` is signalled behind the fill on the same queue, which writes the object through its view.
     let pending = unsafe { lease.submit([Timeline { semaphore: done, value: 1 }], submit) }.unwrap();
-    // In the very page that the device writes.
+    fixture.wait(filled, 1);
+    // In the very page that the device has written.
     memory.write(8, 3);
     let again = manager.acquire_timeout(&[&object], GENEROUS).unwrap();
     fixture.signal(go, 1);
@@ -179,6 +198,7 @@ fn an_acquire_while_the_device_writes_neither_overwrites_its_results_nor_loses_t
     assert!(fixture.read(&again.view(0), 0, size) == expected);
     drop((again, object, manager));
     fixture.destroy_semaphore(go);
+    fixture.destroy_semaphore(filled);
     fixture.destroy_semaphore(done);
 }
 

@@ -15,7 +15,7 @@ use fixture::{GENEROUS, acquire, refresh};
 use memory::{Memory, memfd};
 use pinfold_core::{Access, Device as _, DeviceError, MirrorReason, Outcome, Path};
 use pinfold_invalidate::{HostRange, page_size};
-use pinfold_vulkan::{Config, Error, Force, Manager, SetupError, Timeline, TrialResult, VulkanDevice};
+use pinfold_vulkan::{Config, Error, Force, Manager, SetupError, Signal, Timeline, TrialResult, VulkanDevice};
 use script::{PASS, Scripted};
 
 fn open(scripted: &Scripted, force: Option<Force>) -> VulkanDevice {
@@ -227,10 +227,13 @@ fn a_device_lost_under_running_work_ends_every_submit_and_every_acquire() {
     // SAFETY: the mapping outlives the manager's work.
     let object = unsafe { manager.register(memory.range(), Access::Read) }.unwrap();
     let semaphores = [scripted.fixture.timeline(), scripted.fixture.timeline()];
-    let pending = semaphores.map(|semaphore| {
+    // SAFETY: the device is live.
+    let fence = unsafe { scripted.fixture.device.create_fence(&vk::FenceCreateInfo::default(), None) }.unwrap();
+    let signal = |semaphore| Signal::from(Timeline { semaphore, value: 1 });
+    let pending = [signal(semaphores[0]), signal(semaphores[1]), fence.into()].map(|signal| {
         let lease = manager.acquire_timeout(&[&object], GENEROUS).unwrap();
         // SAFETY: no work is submitted, so none accesses the object.
-        unsafe { lease.submit([Timeline { semaphore, value: 1 }], || Ok::<_, Infallible>(())) }.unwrap()
+        unsafe { lease.submit([signal], || Ok::<_, Infallible>(())) }.unwrap()
     });
     scripted.script().wait.store(vk::Result::ERROR_DEVICE_LOST.as_raw(), SeqCst);
     for pending in pending {
@@ -242,6 +245,8 @@ fn a_device_lost_under_running_work_ends_every_submit_and_every_acquire() {
         other => panic!("{other:?}"),
     }
     drop((object, manager));
+    // SAFETY: nobody waits for it any more.
+    unsafe { scripted.fixture.device.destroy_fence(fence, None) };
     semaphores.into_iter().for_each(|semaphore| scripted.fixture.destroy_semaphore(semaphore));
 }
 
