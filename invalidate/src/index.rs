@@ -32,6 +32,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::marker::PhantomData;
 use std::mem::ManuallyDrop;
+use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
@@ -147,6 +148,12 @@ impl<T> Index<T> {
         self.visit(range.start(), range.end(), &mut || (), visit);
     }
 
+    /// Whether `test` holds for an entry that overlaps `range`. Asks no further once it does.
+    pub fn any_overlapping(&self, range: HostRange, mut test: impl FnMut(Entry<'_, T>) -> bool) -> bool {
+        let test = |entry: Entry<'_, T>| if test(entry) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+        self.visit_until(range.start(), range.end(), &mut || (), test).is_break()
+    }
+
     /// Shows every entry that contains the byte at `addr`.
     pub fn find(&self, addr: usize, visit: impl FnMut(Entry<'_, T>)) {
         self.visit(addr, addr.saturating_add(1), &mut || (), visit);
@@ -187,15 +194,30 @@ impl<T> Index<T> {
 
     /// `seen` is called for each node that is looked into.
     fn visit(&self, low: usize, high: usize, seen: &mut impl FnMut(), mut visit: impl FnMut(Entry<'_, T>)) {
+        let all = |entry: Entry<'_, T>| {
+            visit(entry);
+            ControlFlow::Continue(())
+        };
+        let _ = self.visit_until(low, high, seen, all);
+    }
+
+    /// As [`visit`](Self::visit), until `visit` answers `Break`.
+    fn visit_until(
+        &self,
+        low: usize,
+        high: usize,
+        seen: &mut impl FnMut(),
+        mut visit: impl FnMut(Entry<'_, T>) -> ControlFlow<()>,
+    ) -> ControlFlow<()> {
         let root = self.current.load();
         let mut hit = |item: Item| {
             // SAFETY: a leaf links to what `Arc::into_raw` gave, and the index keeps it while the root is held. It is
             // borrowed for the callback and not dropped.
             let value = ManuallyDrop::new(unsafe { Arc::from_raw(item.link.cast::<T>()) });
-            visit(Entry { range: HostRange::from_known(item.low, item.high), id: item.id, value: &value });
+            visit(Entry { range: HostRange::from_known(item.low, item.high), id: item.id, value: &value })
         };
         // SAFETY: `root` is held during the call, and so are the nodes that it reaches.
-        unsafe { root.tree.visit(low, high, seen, &mut hit) };
+        unsafe { root.tree.visit(low, high, seen, &mut hit) }
     }
 
     /// Publishes what `edit` makes of the newest tree, and returns the value that left the tree. Nothing is published if it

@@ -53,8 +53,11 @@ mod monitor;
 mod pagemap;
 mod proc_file;
 mod range;
+mod resync;
+mod room;
 mod settle;
 mod space;
+mod span;
 pub mod sync;
 mod uffd;
 mod watch;
@@ -70,7 +73,7 @@ pub use maps::{Backing, FileId, Mapping, MapsError, Protection, mapped_from, map
 pub use pagemap::{any_present, still_watched};
 pub use range::{HostRange, MAX_PAGES, RangeError, USER_SPACE_END, page_size};
 pub use space::{Cause, Change, DEFAULT_DEADLINE, MAX_DEADLINE, SHARDS, Shards, Space, SpaceError, SpaceStats, Target};
-pub use watch::{Coverage, ManualReason, NoHoldReason, WatchError, Watched};
+pub use watch::{Coverage, ManualReason, NoHoldReason, WatchError, WatchSpan, Watched};
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!("pinfold needs 64-bit Linux");

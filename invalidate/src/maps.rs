@@ -114,6 +114,18 @@ pub fn mapping_at(addr: usize) -> Result<Option<Mapping>, MapsError> {
     mapping_from(Source::preferred()?, addr)
 }
 
+/// Shows every mapping of the process, in address order.
+pub(crate) fn each_mapping(mut show: impl FnMut(Mapping)) -> Result<(), MapsError> {
+    let (mut source, mut at) = (Source::preferred()?, 0);
+    while let Some(raw) = source.next(at).map_err(MapsError::Unreadable)? {
+        let start = raw.start.max(at);
+        let Some(whole) = raw.whole(start) else { break };
+        show(raw.mapping(whole, whole));
+        at = whole.end();
+    }
+    Ok(())
+}
+
 fn mappings_from(mut source: Source, range: HostRange) -> Result<Vec<Mapping>, MapsError> {
     let mut found = Vec::new();
     let mut rest = Some(range);

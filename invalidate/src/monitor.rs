@@ -123,7 +123,7 @@ fn round(inner: &Inner, readable: Shards, messages: &mut [Message]) {
             }
             any |= got > 0;
             for message in &messages[..got] {
-                tell(inner, message, held, late, no_hold);
+                tell(inner, Shards::one(number), message, held, late, no_hold);
             }
             if got < messages.len() {
                 break;
@@ -159,19 +159,20 @@ pub(crate) fn quiesce(inner: &Inner, shard: &Shard, deadline: Instant) -> bool {
 
 fn drain_log(inner: &Inner) {
     while let Some(message) = inner.watchdog.log.pop() {
-        tell(inner, &message, Duration::ZERO, true, false);
+        tell(inner, Shards::ALL, &message, Duration::ZERO, true, false); // the log doesn't say whose it was
     }
 }
 
-fn tell(inner: &Inner, message: &Message, held: Duration, late: bool, no_hold: bool) {
+fn tell(inner: &Inner, from: Shards, message: &Message, held: Duration, late: bool, no_hold: bool) {
     let Some(event) = message.decode() else { return };
     inner.counters.events.fetch_add(1, Ordering::Relaxed);
-    if inner.happened.push(event).is_err() {
-        inner.overflow.store(true, Ordering::Relaxed);
-    }
+    inner.happens(event);
     let (range, cause) = match event {
         Event::Unmap(range) => (range, Cause::Unmap),
-        Event::Remove(range) => (range, Cause::Remove),
+        Event::Remove(range) => {
+            from.iter().for_each(|shard| inner.shards[shard].removed());
+            (range, Cause::Remove)
+        }
         Event::Remap { from, .. } => (from, Cause::Remap),
     };
     announce(inner, &Change { range, cause, held, late, no_hold });
@@ -183,7 +184,7 @@ pub(crate) fn announce(inner: &Inner, change: &Change) {
         entry.value.invalidated(change);
         // The clone goes to the queue or, if that is full, is dropped here while the index still holds the target: never the last one.
         if inner.settling.push(Arc::clone(&**entry.value)).is_err() {
-            inner.overflow.store(true, Ordering::Relaxed);
+            inner.unsettled.add(change.range);
         }
     });
 }

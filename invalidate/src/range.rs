@@ -152,6 +152,12 @@ impl HostRange {
         Self { start, end }
     }
 
+    /// All of user space, which has more pages than a range may be made with: for questions, not for the kernel.
+    #[must_use]
+    pub(crate) const fn everything() -> Self {
+        Self::from_known(0, USER_SPACE_END)
+    }
+
     /// The first address.
     #[must_use]
     pub const fn start(self) -> usize {

@@ -42,12 +42,15 @@ pub(crate) fn run(inner: &Arc<Inner>) {
         while let Some(target) = inner.settling.pop() {
             target.settled();
         }
-        if inner.overflow.swap(false, Ordering::AcqRel) {
+        if let Some(hull) = inner.unsettled.take() {
             let mut all = Vec::new();
-            inner.index.for_each(|entry| all.push(Arc::<dyn crate::Target>::clone(entry.value)));
+            inner.index.visit_overlapping(hull, |entry| all.push(Arc::<dyn crate::Target>::clone(entry.value)));
             all.into_iter().for_each(|target| target.settled());
         }
-        drop(inner.ledger()); // takes the events in, so that their queue stays short
+        inner.let_go_of_torn(); // also takes the events in, so that their queue stays short
+        if inner.forgotten.load(Ordering::Relaxed) {
+            inner.resync();
+        }
         inner.index.sweep();
         inner.settle_turn.wait(turn, None);
     }

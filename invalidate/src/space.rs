@@ -12,7 +12,7 @@
 
 use std::any::Any;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -33,7 +33,7 @@ pub const SHARDS: usize = 16;
 /// The shard whose events are read first and told afterwards.
 pub(crate) const NO_HOLD: usize = SHARDS - 1;
 /// Watched memory that nobody watched before goes to a shard by blocks of this many bytes, so that neighbours share mappings.
-const SHARD_BLOCK: usize = 64 << 20;
+pub(crate) const SHARD_BLOCK: usize = 64 << 20;
 /// How long a mutator may be kept waiting unless configured.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_millis(100);
 /// The longest deadline that is accepted: a mutator in hold-off can't be interrupted, not even by a signal handler.
@@ -198,6 +198,50 @@ pub(crate) struct Shard {
     pub(crate) uffd: Option<Uffd>,
     /// Closings by the watchdog that the monitor must open. Added to by the watchdog after its last log entry.
     pub(crate) handed: AtomicU32,
+    /// Discards told. Written by the monitor, and read by who must know that they are over.
+    removes: AtomicU64,
+}
+
+impl Shard {
+    /// How many discards have been told. Acquire: pairs with the Release in [`removed`](Self::removed).
+    pub(crate) fn removes(&self) -> u64 {
+        self.removes.load(Ordering::Acquire)
+    }
+
+    /// Counts a discard that has been read and not yet been told.
+    pub(crate) fn removed(&self) {
+        self.removes.fetch_add(1, Ordering::Release);
+    }
+}
+
+/// The bounds of what was left to do, where the list of it was full.
+pub(crate) struct Hull {
+    start: AtomicUsize,
+    end: AtomicUsize,
+    any: AtomicBool,
+}
+
+impl Hull {
+    const fn new() -> Self {
+        Self { start: AtomicUsize::new(usize::MAX), end: AtomicUsize::new(0), any: AtomicBool::new(false) }
+    }
+
+    pub(crate) fn add(&self, range: HostRange) {
+        self.start.fetch_min(range.start(), Ordering::Relaxed);
+        self.end.fetch_max(range.end(), Ordering::Relaxed);
+        // Release: pairs with the Acquire in `take`.
+        self.any.store(true, Ordering::Release);
+    }
+
+    /// The bounds since the last call. Those of a range that is being added meanwhile are in this answer or in the next, or half in each: then
+    /// the next has bounds that fit nothing, which stand for everything.
+    pub(crate) fn take(&self) -> Option<HostRange> {
+        if !self.any.swap(false, Ordering::Acquire) {
+            return None;
+        }
+        let bounds = (self.start.swap(usize::MAX, Ordering::Relaxed), self.end.swap(0, Ordering::Relaxed));
+        Some(if bounds.0 < bounds.1 { HostRange::from_known(bounds.0, bounds.1) } else { HostRange::everything() })
+    }
 }
 
 pub(crate) struct Inner {
@@ -213,7 +257,10 @@ pub(crate) struct Inner {
     /// For the settle thread: who to tell, what to write into the ledger.
     pub(crate) settling: ArrayQueue<Arc<dyn Target>>,
     pub(crate) happened: ArrayQueue<Event>,
-    pub(crate) overflow: AtomicBool,
+    /// Some events found that queue full. Raised by whoever tells of an event.
+    pub(crate) forgotten: AtomicBool,
+    /// Some targets found the queue of those to be settled full.
+    pub(crate) unsettled: Hull,
     pub(crate) settle_turn: Futex,
     pub(crate) stop: AtomicBool,
 }
@@ -261,7 +308,7 @@ impl Space {
             let (uffd, got) = Uffd::open(feature::WANTED).ok()?;
             (got & feature::EVENTS == feature::EVENTS).then_some(uffd)
         };
-        let shards = std::array::from_fn(|_| Shard { gate: Gate::new(), uffd: open(), handed: AtomicU32::new(0) });
+        let shards = std::array::from_fn(|_| Shard { gate: Gate::new(), uffd: open(), handed: AtomicU32::new(0), removes: AtomicU64::new(0) });
         let inner = Arc::new(Inner {
             monitor: monitor::Shared::new(&shards)?,
             watchdog: watchdog::Shared::new(),
@@ -273,7 +320,8 @@ impl Space {
             counters: Counters::default(),
             settling: ArrayQueue::new(QUEUE),
             happened: ArrayQueue::new(QUEUE),
-            overflow: AtomicBool::new(false),
+            forgotten: AtomicBool::new(false),
+            unsettled: Hull::new(),
             settle_turn: Futex::new(),
             stop: AtomicBool::new(false),
         });
@@ -316,15 +364,6 @@ impl Space {
     /// once, the program's own mutations when the pages are [watched](Self::watch). Touches neither the pages nor the kernel.
     pub fn insert(&self, range: HostRange, id: u64, target: Arc<dyn Target>) {
         self.inner.index.insert(range, id, Arc::new(target));
-    }
-
-    /// Takes the target away and ends the watch over pages that no other target covers.
-    pub fn remove(&self, range: HostRange, id: u64) {
-        if self.is_forked() {
-            return;
-        }
-        self.unwatch_rest(range, id);
-        self.inner.index.remove(range, id);
     }
 
     /// Whether any page of the range is watched.
@@ -404,15 +443,25 @@ impl Inner {
     /// The record of what is watched, brought up to date with the events the monitor has read.
     pub(crate) fn ledger(&self) -> MutexGuard<'_, Ledger> {
         let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+        // Acquire: pairs with the Release in `happens`.
+        ledger.unsure |= self.forgotten.load(Ordering::Acquire);
         while let Some(event) = self.happened.pop() {
             match event {
-                Event::Unmap(range) => ledger.cut(range),
+                Event::Unmap(range) => ledger.unmapped(range),
                 // The old place is cut by the UNMAP that follows, unless the mapping stays there (MREMAP_DONTUNMAP).
                 Event::Remap { from, to } => ledger.moved(from, to),
                 Event::Remove(_) => {}
             }
         }
         ledger
+    }
+
+    /// Writes an event down for the ledger, before any target is told of it. Neither allocates nor waits.
+    pub(crate) fn happens(&self, event: Event) {
+        if self.happened.push(event).is_err() {
+            // Release: pairs with the Acquire in `ledger`; raised before the gates open, so whoever was told finds the ledger unsure.
+            self.forgotten.store(true, Ordering::Release);
+        }
     }
 
     /// The shard for pages nobody watches yet.
@@ -429,12 +478,7 @@ impl Drop for Space {
             self.inner.close_descriptors();
             return;
         }
-        let pieces: Vec<_> = self.inner.ledger().all().collect();
-        for (piece, shard) in pieces {
-            if let Some(uffd) = &self.inner.shards[shard].uffd {
-                let _ = uffd.unregister(piece); // nothing mapped there any more: nothing to end
-            }
-        }
+        self.inner.unwatch_all();
         fork::uninstall(&self.inner);
         self.inner.stop.store(true, Ordering::SeqCst);
         self.inner.monitor.kick();

@@ -6,9 +6,24 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::HostRange;
+use crate::ledger::{Ledger, Watch};
 use crate::maps::{Backing, Mapping, MapsError, mappings};
+use crate::room::max_map_count;
 use crate::space::{Inner, NO_HOLD, SHARDS, Shards, Space};
-use crate::uffd::Uffd;
+use crate::span::run_around;
+
+/// How much of a mapping is watched for the sake of a range that lies in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum WatchSpan {
+    /// The pages of the range and no others, so that mutations of their neighbours cost nothing. It makes the mapping several to the kernel, so
+    /// a crowd in one mapping, or a process that has nearly as many mappings as it may, gets [`Mapping`](Self::Mapping) all the same.
+    #[default]
+    Exact,
+    /// All of the mapping, once for everybody in it: the next range in it costs a look into a map, no mapping is split, and the program can
+    /// `mremap` across the borders of ranges. Its other pages are watched too: whoever unmaps or discards them waits for the monitor, and for
+    /// what is under way in the shard.
+    Mapping,
+}
 
 /// How well a range is watched. Whatever is less than [`Watched`](Self::Watched) has a reason.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -66,10 +81,9 @@ pub enum WatchError {
     /// There is a hole, or the list of mappings can't be read.
     #[error(transparent)]
     Maps(#[from] MapsError),
-    /// A watch over part of a mapping splits it, and the process has as many mappings as it may.
-    #[error(
-        "can't watch {range}: the process has used up vm.max_map_count (now {limit}); raise it, or watch larger ranges"
-    )]
+    /// The process has as many mappings as it may, and not even all of the mapping can be watched (which splits nothing): or the kernel has no
+    /// memory left.
+    #[error("can't watch {range}: out of memory, or the process has used up vm.max_map_count (now {limit}); raise it")]
     TooManyMappings {
         /// The range.
         range: HostRange,
@@ -95,14 +109,19 @@ pub enum WatchError {
 impl Space {
     /// Watches the pages of a range and says how well. Idempotent; needed again after each mutation, as new mappings aren't watched.
     ///
+    /// Put a target over the range before ([`insert`](Self::insert)): what nobody is over may stop being watched at any time.
+    ///
     /// Populate the pages before: in a watched range the kernel maps untouched page-cache and shared pages one by one. When this returns, every
-    /// mutation of the range that had been in flight is over or its event has been queued (registration takes the address space's lock for
-    /// writing).
+    /// discard of the range that had been told is over (registration takes the address space's lock for writing), but for the case that the
+    /// head of this crate's `settle.rs` names.
     ///
     /// # Errors
     /// [`WatchError`]; pages watched before remain so.
     pub fn watch(&self, range: HostRange) -> Result<Watched, WatchError> {
-        self.watch_as(range, &mappings(range)?)
+        match self.already(range)? {
+            Some(watched) => Ok(watched),
+            None => self.watch_with(range, &mappings(range)?, WatchSpan::Exact),
+        }
     }
 
     /// As [`watch`](Self::watch), for a caller who has just asked for the [`mappings`] of the range and will compare them with
@@ -111,33 +130,59 @@ impl Space {
     /// # Errors
     /// As [`watch`](Self::watch).
     pub fn watch_as(&self, range: HostRange, known: &[Mapping]) -> Result<Watched, WatchError> {
+        self.watch_spanning(range, known, WatchSpan::Exact)
+    }
+
+    /// As [`watch_as`](Self::watch_as), and as much of each mapping as `span` says.
+    ///
+    /// # Errors
+    /// As [`watch`](Self::watch).
+    pub fn watch_spanning(&self, range: HostRange, known: &[Mapping], span: WatchSpan) -> Result<Watched, WatchError> {
+        match self.already(range)? {
+            Some(watched) => Ok(watched),
+            None => self.watch_with(range, known, span),
+        }
+    }
+
+    /// What there is to say of a range that is watched as it should be. `None`: something is to be done.
+    ///
+    /// The ledger is asked first and the kernel afterwards. An event that ended the watch and isn't in the ledger yet has not been told either:
+    /// the range's targets will be, and begin anew. What ends a watch without an event (`shmdt`) the kernel's own answer shows.
+    fn already(&self, range: HostRange) -> Result<Option<Watched>, WatchError> {
+        let inner = &*self.inner;
+        // A discard that has been told may still be under way. Taking the address space's lock waits for it; somebody must have done so since.
+        let fenced = |ledger: &Ledger, shard: usize| ledger.fenced[shard] == inner.shards[shard].removes();
+        let shards = {
+            let ledger = inner.ledger();
+            let shards = ledger.covered(range).filter(|shards| !shards.has(NO_HOLD));
+            shards.filter(|shards| shards.iter().all(|shard| fenced(&ledger, shard)))
+        };
+        let Some(shards) = shards else { return Ok(None) };
+        let mappings = mappings(range)?;
+        let of = shards.iter().next().and_then(|shard| inner.shards[shard].uffd.as_ref());
+        let watched = of.is_some_and(|uffd| mappings.iter().all(|mapping| uffd.watches(mapping.range.start())));
+        Ok(watched.then_some(Watched { shards, coverage: Coverage::Watched, mappings }))
+    }
+
+    fn watch_with(&self, range: HostRange, known: &[Mapping], span: WatchSpan) -> Result<Watched, WatchError> {
         let inner = &*self.inner;
         let mut watched = Watched { shards: Shards::NONE, coverage: Coverage::Watched, mappings: Vec::new() };
         let mut ledger = inner.ledger();
         let mut registered = Vec::with_capacity(known.len());
         for mapping in known {
             let piece = mapping.range;
-            let owner = ledger.watched(piece).next().map(|(_, shard)| shard);
-            let (reason, first) = match mapping.backing {
-                Backing::Heap => (Some(NoHoldReason::Heap), NO_HOLD),
-                Backing::Stack => (Some(NoHoldReason::Stack), NO_HOLD),
-                _ => (None, owner.unwrap_or(Inner::home(piece))),
-            };
-            match inner.register(piece, mapping.backing, first) {
+            match inner.begin(&mut ledger, mapping, span) {
                 Ok(shard) => {
-                    ledger.watch(piece, shard);
                     registered.push((piece, shard));
                     watched.shards = watched.shards.union(Shards::one(shard));
-                    // Once a part of the stack is watched, the kernel doesn't call it so any more; the shard tells.
-                    let reason = reason.or((shard == NO_HOLD).then_some(NoHoldReason::Stack));
                     // By the shard and not by the name alone: what a watch splits off the stack's mapping has lost the name.
                     if shard == NO_HOLD && watched.coverage == Coverage::Watched {
-                        watched.coverage = Coverage::NoHold(reason.unwrap_or(NoHoldReason::Stack));
+                        watched.coverage = Coverage::NoHold(no_hold(mapping.backing).unwrap_or(NoHoldReason::Stack));
                     }
                 }
                 Err(Refusal::Can(error)) => return Err(error),
                 Err(Refusal::Never(reason)) => {
-                    watched.shards = watched.shards.union(Shards::one(first));
+                    watched.shards = watched.shards.union(Shards::one(first_shard(&ledger, mapping)));
                     watched.coverage = Coverage::Manual(reason); // the least there is, so it stands for the whole range
                 }
             }
@@ -172,7 +217,7 @@ impl Space {
         const PAUSE: Duration = Duration::from_micros(200);
         let inner = &*self.inner;
         let pieces: Vec<_> = inner.ledger().watched(range).collect();
-        for (piece, shard) in pieces {
+        for (piece, Watch { shard, .. }) in pieces {
             let Some(uffd) = &inner.shards[shard].uffd else { continue };
             // One call stops at the first hole, so each mapping has its own.
             let whole = |there: Vec<Mapping>| there.into_iter().map(|mapping| mapping.range).collect();
@@ -193,31 +238,20 @@ impl Space {
         }
         Ok(())
     }
+}
 
-    /// Ends the watch over what no target but `id` covers.
-    pub(crate) fn unwatch_rest(&self, range: HostRange, id: u64) {
-        let inner = &*self.inner;
-        let mut ledger = inner.ledger();
-        let mut others = Vec::new();
-        inner.index.visit_overlapping(range, |entry| {
-            if entry.id != id {
-                others.extend(entry.range.intersection(range));
-            }
-        });
-        others.sort_unstable();
-        let mut at = range.start();
-        let mut alone = Vec::new();
-        for other in others {
-            if other.start() > at {
-                alone.extend(HostRange::new(at, other.start() - at));
-            }
-            at = at.max(other.end());
-        }
-        alone.extend(range.starting_at(at));
-        for part in alone {
-            inner.unregister_recorded(&mut ledger, part);
-        }
+fn no_hold(backing: Backing) -> Option<NoHoldReason> {
+    match backing {
+        Backing::Heap => Some(NoHoldReason::Heap),
+        Backing::Stack => Some(NoHoldReason::Stack),
+        _ => None,
     }
+}
+
+/// The shard to try first: the one that has pages of it already, or that of its place.
+fn first_shard(ledger: &Ledger, mapping: &Mapping) -> usize {
+    let owner = || ledger.watched(mapping.range).next().map(|(_, watch)| watch.shard);
+    no_hold(mapping.backing).map_or_else(|| owner().unwrap_or(Inner::home(mapping.range)), |_| NO_HOLD)
 }
 
 enum Refusal {
@@ -228,11 +262,55 @@ enum Refusal {
 }
 
 impl Inner {
+    /// Watches the part of a mapping that was asked for, or as much more of it as is better, and returns the shard.
+    fn begin(&self, ledger: &mut Ledger, mapping: &Mapping, asked: WatchSpan) -> Result<usize, Refusal> {
+        let (piece, first) = (mapping.range, first_shard(ledger, mapping));
+        let exact = |ledger: &mut Ledger| {
+            let shard = self.register(ledger, piece, mapping.backing, first)?;
+            ledger.watch_more(piece, Watch { shard, span: WatchSpan::Exact });
+            Ok(shard)
+        };
+        // Once more, to wait for a discard and to arm what the ledger may not know to be new: nothing is split.
+        if ledger.covered(piece).is_some() || (asked == WatchSpan::Exact && Self::is_better_exact(ledger, mapping)) {
+            match exact(ledger) {
+                Err(Refusal::Can(WatchError::TooManyMappings { .. })) => {}
+                other => return other,
+            }
+        }
+        let (run, first) = run_around(ledger, mapping, first);
+        for all in [run, mapping.whole] {
+            match self.register(ledger, all, mapping.backing, first) {
+                Ok(shard) => {
+                    ledger.watch(all, Watch { shard, span: WatchSpan::Mapping });
+                    return Ok(shard);
+                }
+                // Some of it is another's.
+                Err(Refusal::Never(_) | Refusal::Can(WatchError::Moving { .. })) => {}
+                Err(other) => return Err(other),
+            }
+        }
+        exact(ledger)
+    }
+
     /// Registers with the shard that already has the pages, or with `first` if nobody has.
-    fn register(&self, piece: HostRange, backing: Backing, first: usize) -> Result<usize, Refusal> {
+    fn register(
+        &self,
+        ledger: &mut Ledger,
+        piece: HostRange,
+        backing: Backing,
+        first: usize,
+    ) -> Result<usize, Refusal> {
         for shard in std::iter::once(first).chain((0..SHARDS).filter(|&shard| shard != first)) {
-            let Some(uffd) = &self.shards[shard].uffd else { return Err(Refusal::Never(ManualReason::NoUserfaultfd)) };
-            let Err(source) = uffd.register(piece) else { return Ok(shard) };
+            let this = &self.shards[shard];
+            let Some(uffd) = &this.uffd else { return Err(Refusal::Never(ManualReason::NoUserfaultfd)) };
+            // In this order: discards told by now, none of them still in its wait, the lock.
+            let (removes, settled) = (this.removes(), !uffd.is_busy());
+            let Err(source) = uffd.register(piece) else {
+                if settled {
+                    ledger.fenced[shard] = ledger.fenced[shard].max(removes);
+                }
+                return Ok(shard);
+            };
             match source.raw_os_error() {
                 Some(libc::EBUSY) => {} // a page of it is another shard's, or a stranger's
                 Some(libc::EPERM) => return Err(Refusal::Never(ManualReason::SharedReadOnly)),
@@ -242,35 +320,12 @@ impl Inner {
                 }
                 Some(libc::EINVAL) => return Err(Refusal::Never(ManualReason::Unsupported)),
                 Some(libc::ENOMEM) => {
-                    return Err(Refusal::Can(WatchError::TooManyMappings { range: piece, limit: max_map_count() }));
+                    let limit = max_map_count().unwrap_or(0);
+                    return Err(Refusal::Can(WatchError::TooManyMappings { range: piece, limit }));
                 }
                 _ => return Err(Refusal::Can(WatchError::Refused { range: piece, source })),
             }
         }
         Err(Refusal::Never(ManualReason::Foreign))
     }
-
-    /// Ends the watch over the range, whoever else covers it.
-    pub(crate) fn unregister(&self, range: HostRange) {
-        self.unregister_recorded(&mut self.ledger(), range);
-    }
-
-    fn unregister_recorded(&self, ledger: &mut crate::ledger::Ledger, range: HostRange) {
-        let pieces: Vec<_> = ledger.watched(range).collect();
-        for (piece, shard) in pieces {
-            let ended = self.shards[shard].uffd.as_ref().is_none_or(|uffd| is_over(uffd, piece));
-            if ended {
-                ledger.cut(piece);
-            }
-        }
-    }
-}
-
-/// Unregisters; false if the pages are still watched (the split it needs was refused).
-fn is_over(uffd: &Uffd, piece: HostRange) -> bool {
-    !uffd.unregister(piece).is_err_and(|error| error.raw_os_error() == Some(libc::ENOMEM))
-}
-
-fn max_map_count() -> usize {
-    std::fs::read_to_string("/proc/sys/vm/max_map_count").ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
 }

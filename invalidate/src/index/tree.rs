@@ -8,6 +8,7 @@
 //! edge, where entries may keep arriving in order, a full one and the new item. A node that falls below a quarter is
 //! joined with a neighbour if that leaves room for growth.
 
+use std::ops::ControlFlow;
 use std::ptr;
 
 use super::node::{Item, Key, Link, MAX_HEIGHT, Node, WIDTH};
@@ -61,13 +62,19 @@ impl Tree {
         4 * self.height + 1
     }
 
-    /// Tells `hit` every entry that overlaps `low..high`, in order, and `seen` how many nodes were looked into.
+    /// Tells `hit` the entries that overlap `low..high`, in order, until it answers `Break`, and `seen` how many nodes were looked into.
     ///
     /// # Safety
     /// The nodes of this tree stay alive and unwritten during the call.
-    pub(super) unsafe fn visit(&self, low: usize, high: usize, seen: &mut impl FnMut(), hit: &mut impl FnMut(Item)) {
+    pub(super) unsafe fn visit(
+        &self,
+        low: usize,
+        high: usize,
+        seen: &mut impl FnMut(),
+        hit: &mut impl FnMut(Item) -> ControlFlow<()>,
+    ) -> ControlFlow<()> {
         if self.height == 0 {
-            return;
+            return ControlFlow::Continue(());
         }
         // SAFETY: passed on.
         unsafe { visit_below(self.root, self.height, low, high, seen, hit) }
@@ -226,19 +233,20 @@ unsafe fn visit_below(
     low: usize,
     high: usize,
     seen: &mut impl FnMut(),
-    hit: &mut impl FnMut(Item),
-) {
+    hit: &mut impl FnMut(Item) -> ControlFlow<()>,
+) -> ControlFlow<()> {
     // SAFETY: alive by the contract.
     let node = unsafe { &*node };
     seen();
     for at in node.overlapping(low, high) {
         if height == 1 {
-            hit(node.item(at));
+            hit(node.item(at))?;
         } else {
             // SAFETY: above the leaves a link is a child, alive by the contract.
-            unsafe { visit_below(node.link(at).cast(), height - 1, low, high, seen, hit) };
+            unsafe { visit_below(node.link(at).cast(), height - 1, low, high, seen, hit) }?;
         }
     }
+    ControlFlow::Continue(())
 }
 
 /// New nodes with the items of `node` in which `new` has taken the place of `gone` items at `at`.
