@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags};
 
+use crate::fault::{self, Call};
 use crate::page_size;
 use crate::space::{FORK_HANDLERS, Inner, Shards, lock_current};
 
@@ -45,6 +46,7 @@ impl ForkMark {
     }
 
     fn page() -> Option<Self> {
+        fault::at(Call::Mark).ok()?;
         let size = NonZeroUsize::new(page_size()).expect("a page has bytes");
         // SAFETY: a new mapping anywhere; nothing of the program's is replaced.
         let page = unsafe {

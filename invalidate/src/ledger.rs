@@ -250,9 +250,9 @@ mod tests {
             assert_eq!(ledger.exact, all.iter().filter(|(_, watch)| watch.span == WatchSpan::Exact).count());
             let first = random(PAGES);
             let asked = first..first + 1 + random(PAGES - first);
-            let covered = oracle[asked.clone()].iter().try_fold(Shards::NONE, |shards, page| {
-                page.map(|watch| shards.union(Shards::one(watch.shard)))
-            });
+            let covered = oracle[asked.clone()]
+                .iter()
+                .try_fold(Shards::NONE, |shards, page| page.map(|watch| shards.union(Shards::one(watch.shard))));
             assert_eq!(ledger.covered(range(first, asked.len())), covered);
             assert_eq!(ledger.at(range(first, 1).start()).map(|(_, watch)| watch), oracle[first]);
         }

@@ -44,6 +44,9 @@ mod bracket;
 mod dirty;
 mod dirty_log;
 mod event_path;
+mod fault;
+#[cfg(all(test, not(loom)))]
+mod fault_tests;
 mod fork;
 mod gate;
 pub mod index;

@@ -20,6 +20,7 @@ use thiserror::Error;
 
 pub use file::mapped_from;
 
+use crate::fault::{self, Call};
 use crate::{HostRange, MAX_PAGES, USER_SPACE_END, page_size};
 
 /// One mapping of this process (a VMA), or the part of it inside the range that was asked about.
@@ -94,7 +95,7 @@ pub enum MapsError {
         at: usize,
     },
     /// `/proc/self/maps` can't be opened, read or understood.
-    #[error("can't read the list of mappings (/proc/self/maps): {0}; is /proc mounted?")]
+    #[error("can't read the list of mappings (/proc/self/maps): {0}; it needs /proc and a free descriptor (ulimit -n)")]
     Unreadable(#[source] std::io::Error),
 }
 
@@ -202,6 +203,7 @@ impl Source {
 
     /// The text from its beginning. Opened anew, as threads would share the place in it.
     fn text() -> io::Result<Self> {
+        fault::at(Call::Text)?;
         Ok(Self::Text(text::Lines::new(BufReader::new(File::open("/proc/self/maps")?))))
     }
 

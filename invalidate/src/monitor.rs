@@ -9,17 +9,24 @@
 //! **Protocol.** Three passes over the shards that have something: close all their gates (so that their uses drain side by side); for each,
 //! wait, read until empty, tell; then open all. One read may free many mutators: the whole shard is quiet. Everything is preallocated, see
 //! `event_path.rs`. The shard without hold-off is read first and told afterwards, its gate closed all the while.
+//!
+//! **If it fails.** A target that panics is counted and the others are told. If a round panics, or the thread is gone (the watchdog notices and
+//! becomes the monitor), nobody knows what had been read and not told: then every target is told of everything, the ledger is compared with the
+//! kernel's list, and the gates that the lost round had closed are opened.
 
 use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::HostRange;
 use crate::event_path::EventPath;
+use crate::fault::{self, Call};
 use crate::space::{Cause, Change, Inner, NO_HOLD, SHARDS, Shard, Shards, SpaceError};
 use crate::uffd::{Event, Message, close_once};
 use crate::watchdog::Phase;
@@ -33,16 +40,20 @@ pub(crate) struct Shared {
     kick: AtomicI32,
     /// Rounds begun; the watchdog watches it move.
     pub(crate) beat: AtomicU64,
+    /// The thread that is the monitor; 0 before there is one.
+    pub(crate) thread: AtomicI32,
+    /// The shards whose gates this round has closed. Written by the monitor, and read by whoever takes over from it.
+    closed: AtomicU32,
 }
 
 impl Shared {
     pub(crate) fn new(shards: &[Shard; SHARDS]) -> Result<Self, SpaceError> {
-        let setup = |errno: nix::Error| SpaceError::Setup {
-            what: "the monitor's epoll",
-            limit: "open files (ulimit -n)",
-            source: io::Error::from(errno),
-        };
+        let refused =
+            |source| SpaceError::Setup { what: "the monitor's epoll", limit: "open files (ulimit -n)", source };
+        let setup = |errno: nix::Error| refused(io::Error::from(errno));
+        fault::at(Call::Epoll).map_err(refused)?;
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(setup)?;
+        fault::at(Call::EventFd).map_err(refused)?;
         let kick = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map_err(setup)?;
         epoll.add(&kick, EpollEvent::new(EpollFlags::EPOLLIN, KICK)).map_err(setup)?;
         for (number, shard) in shards.iter().enumerate() {
@@ -53,7 +64,13 @@ impl Shared {
             }
         }
         let own = |fd: std::os::fd::OwnedFd| AtomicI32::new(std::os::fd::IntoRawFd::into_raw_fd(fd));
-        Ok(Self { epoll: own(epoll.0), kick: own(kick.into()), beat: AtomicU64::new(0) })
+        Ok(Self {
+            epoll: own(epoll.0),
+            kick: own(kick.into()),
+            beat: AtomicU64::new(0),
+            thread: AtomicI32::new(0),
+            closed: AtomicU32::new(0),
+        })
     }
 
     /// Makes the monitor take a round. Neither allocates nor blocks.
@@ -67,6 +84,12 @@ impl Shared {
         let mut count = [0_u8; 8];
         // SAFETY: eight writable bytes of this frame; the descriptor is our non-blocking eventfd.
         unsafe { libc::read(self.kick.load(Ordering::Relaxed), count.as_mut_ptr().cast(), count.len()) };
+    }
+
+    /// As a round that closed these gates and came to no end.
+    #[cfg(all(test, not(loom)))]
+    pub(crate) fn leave_closed(&self, shards: Shards) {
+        self.closed.store(shards.0.into(), Ordering::Relaxed);
     }
 
     /// Which shards have something to read. `None`: only a kick, or nothing within `timeout`.
@@ -90,6 +113,8 @@ impl Shared {
 
 pub(crate) fn run(inner: &Arc<Inner>) {
     crate::index::warm_up_thread();
+    // SAFETY: has no preconditions.
+    inner.monitor.thread.store(unsafe { libc::gettid() }, Ordering::Relaxed);
     let mut messages = [Message::default(); 64];
     while !inner.stop.load(Ordering::SeqCst) {
         inner.watchdog.enter(Phase::Idle);
@@ -98,8 +123,30 @@ pub(crate) fn run(inner: &Arc<Inner>) {
         inner.monitor.beat.fetch_add(1, Ordering::Relaxed);
         inner.monitor.unkick();
         let _mark = EventPath::enter();
-        round(inner, readable, &mut messages);
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| round(inner, readable, &mut messages))) {
+            std::mem::forget(panic); // frees nothing here
+            recover(inner);
+        }
     }
+}
+
+/// Goes on after a round that did not come to its end: nobody knows what it had read and not told, so everybody is told of everything.
+pub(crate) fn recover(inner: &Inner) {
+    let _mark = EventPath::enter();
+    let deadline = Instant::now() + inner.deadline();
+    inner.shards.iter().for_each(|shard| shard.gate.close());
+    let late = !Shards::ALL.iter().all(|shard| inner.shards[shard].gate.wait_users(Some(deadline)));
+    drain_log(inner);
+    inner.shards.iter().for_each(Shard::removed);
+    inner.forgotten.store(true, Ordering::Release); // the ledger, too, may have missed something
+    let change =
+        Change { range: HostRange::everything(), cause: Cause::Lost, held: Duration::ZERO, late, no_hold: false };
+    announce(inner, &change);
+    inner.shards.iter().for_each(|shard| shard.gate.open());
+    let closed = Shards(inner.monitor.closed.swap(0, Ordering::Relaxed) as u16);
+    closed.iter().for_each(|shard| inner.shards[shard].gate.open());
+    inner.counters.recoveries.fetch_add(1, Ordering::Relaxed);
+    inner.settle_turn.bump();
 }
 
 fn round(inner: &Inner, readable: Shards, messages: &mut [Message]) {
@@ -108,6 +155,7 @@ fn round(inner: &Inner, readable: Shards, messages: &mut [Message]) {
     for shard in readable.iter() {
         inner.shards[shard].gate.close();
     }
+    inner.monitor.closed.store(readable.0.into(), Ordering::Relaxed);
     // What the watchdog read in our place, with gates it closed for us.
     drain_log(inner);
     for number in readable.iter() {
@@ -134,6 +182,7 @@ fn round(inner: &Inner, readable: Shards, messages: &mut [Message]) {
             inner.counters.held_ns.fetch_add(nanos(held), Ordering::Relaxed);
         }
     }
+    inner.monitor.closed.store(0, Ordering::Relaxed);
     for shard in readable.iter() {
         inner.shards[shard].gate.open();
     }
@@ -181,7 +230,11 @@ fn tell(inner: &Inner, from: Shards, message: &Message, held: Duration, late: bo
 /// Tells every target over the range and puts it on the list of those to be settled. Called with the gates closed and the event path marked.
 pub(crate) fn announce(inner: &Inner, change: &Change) {
     inner.index.visit_overlapping(change.range, |entry| {
-        entry.value.invalidated(change);
+        // One that panics counts as told: the others must be, and the gates must open.
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| entry.value.invalidated(change))) {
+            std::mem::forget(panic);
+            inner.counters.panics.fetch_add(1, Ordering::Relaxed);
+        }
         // The clone goes to the queue or, if that is full, is dropped here while the index still holds the target: never the last one.
         if inner.settling.push(Arc::clone(&**entry.value)).is_err() {
             inner.unsettled.add(change.range);

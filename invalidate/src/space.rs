@@ -20,10 +20,12 @@ use std::time::{Duration, Instant};
 use crossbeam_queue::ArrayQueue;
 use thiserror::Error;
 
+use crate::fault::{self, Call};
 use crate::fork::{self, ForkMark};
 use crate::gate::Gate;
 use crate::index::Index;
 use crate::ledger::Ledger;
+use crate::maps::{MapsError, mapping_at};
 use crate::sync::Futex;
 use crate::uffd::{Event, Uffd, feature};
 use crate::{HostRange, bracket, monitor, settle, watchdog};
@@ -38,6 +40,8 @@ pub(crate) const SHARD_BLOCK: usize = 64 << 20;
 pub const DEFAULT_DEADLINE: Duration = Duration::from_millis(100);
 /// The longest deadline that is accepted: a mutator in hold-off can't be interrupted, not even by a signal handler.
 pub const MAX_DEADLINE: Duration = Duration::from_secs(10);
+/// The monitor's thread.
+const MONITOR: &str = "pinfold-monitor";
 /// Objects that wait for [`Target::settled`], and events that wait for the ledger. When full, the slow way is taken, which forgets nothing.
 const QUEUE: usize = 8192;
 
@@ -104,6 +108,8 @@ pub enum Cause {
     Manual,
     /// Somebody asked for it in order to test what then happens.
     Injected,
+    /// What happened was lost with the monitor's round: anything may have changed.
+    Lost,
     /// Discarded pages could not be proven gone when they were taken again, so they are taken once more.
     Unproven,
 }
@@ -178,6 +184,12 @@ pub struct SpaceStats {
     pub rescues: u64,
     /// Brackets.
     pub brackets: u64,
+    /// Targets that panicked when they were told of a change; a bug of theirs, as they may count as valid still.
+    pub panics: u64,
+    /// Rounds of the monitor that did not come to their end, after which everybody was told of everything.
+    pub recoveries: u64,
+    /// 1 if the monitor's thread has ended and the watchdog is the monitor since.
+    pub takeovers: u64,
 }
 
 #[derive(Debug, Default)]
@@ -188,6 +200,9 @@ pub(crate) struct Counters {
     pub(crate) late: AtomicU64,
     pub(crate) rescues: AtomicU64,
     pub(crate) brackets: AtomicU64,
+    pub(crate) panics: AtomicU64,
+    pub(crate) recoveries: AtomicU64,
+    pub(crate) takeovers: AtomicU64,
 }
 
 /// One userfaultfd with its gate.
@@ -302,13 +317,30 @@ impl Space {
         current.filter(|space| !space.is_forked())
     }
 
-    fn start(deadline_ns: u64) -> Result<Self, SpaceError> {
-        // All three events or none: half a watch would be believed to be a whole one.
-        let open = || {
-            let (uffd, got) = Uffd::open(feature::WANTED).ok()?;
-            (got & feature::EVENTS == feature::EVENTS).then_some(uffd)
+    pub(crate) fn start(deadline_ns: u64) -> Result<Self, SpaceError> {
+        let files =
+            |what: &'static str| move |source| SpaceError::Setup { what, limit: "open files (ulimit -n)", source };
+        let open = || match Uffd::open(feature::WANTED) {
+            // All three events or none: half a watch would be believed to be a whole one.
+            Ok((uffd, got)) => Ok((got & feature::EVENTS == feature::EVENTS).then_some(uffd)),
+            // Not a refusal to watch, and some shards may have theirs already.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)) => {
+                Err(error)
+            }
+            Err(_) => Ok(None),
         };
-        let shards = std::array::from_fn(|_| Shard { gate: Gate::new(), uffd: open(), handed: AtomicU32::new(0), removes: AtomicU64::new(0) });
+        let shard = |uffd| Shard { gate: Gate::new(), uffd, handed: AtomicU32::new(0), removes: AtomicU64::new(0) };
+        let mut shards = [const { None }; SHARDS].map(shard);
+        for shard in &mut shards {
+            shard.uffd = open().map_err(files("a userfaultfd"))?;
+        }
+        if shards.iter().any(|shard| shard.uffd.is_none()) {
+            shards.iter_mut().for_each(|shard| shard.uffd = None); // all or none, too
+        }
+        // Opens the list of mappings, so that a watch needs no descriptor.
+        if let Err(MapsError::Unreadable(source)) = mapping_at(0) {
+            return Err(files("the list of mappings (/proc/self/maps)")(source));
+        }
         let inner = Arc::new(Inner {
             monitor: monitor::Shared::new(&shards)?,
             watchdog: watchdog::Shared::new(),
@@ -327,7 +359,7 @@ impl Space {
         });
         // From here on dropping `space` ends what has been started.
         let space = Self { inner, threads: Mutex::new(Vec::new()) };
-        space.spawn("pinfold-monitor", monitor::run)?;
+        space.spawn(MONITOR, monitor::run)?;
         space.spawn("pinfold-watchdg", watchdog::run)?;
         space.spawn("pinfold-settle", settle::run)?;
         Ok(space)
@@ -335,7 +367,8 @@ impl Space {
 
     fn spawn(&self, name: &'static str, run: fn(&Arc<Inner>)) -> Result<(), SpaceError> {
         let inner = Arc::clone(&self.inner);
-        let spawned = std::thread::Builder::new().name(name.into()).spawn(move || run(&inner));
+        let make = || std::thread::Builder::new().name(name.into()).spawn(move || run(&inner));
+        let spawned = fault::at(Call::Thread).and_then(|()| make());
         let handle =
             spawned.map_err(|source| SpaceError::Setup { what: "a thread", limit: "processes (ulimit -u)", source })?;
         self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(handle);
@@ -431,6 +464,9 @@ impl Space {
             late: get(&c.late),
             rescues: get(&c.rescues),
             brackets: get(&c.brackets),
+            panics: get(&c.panics),
+            recoveries: get(&c.recoveries),
+            takeovers: get(&c.takeovers),
         }
     }
 }
@@ -485,8 +521,10 @@ impl Drop for Space {
         self.inner.watchdog.kick();
         self.inner.settle_turn.bump();
         let me = std::thread::current().id();
+        let is_gone = self.inner.counters.takeovers.load(Ordering::Relaxed) > 0;
         for thread in threads {
-            if thread.thread().id() != me {
+            // Nobody can wait for a thread that ended without a word.
+            if thread.thread().id() != me && !(is_gone && thread.thread().name() == Some(MONITOR)) {
                 let _ = thread.join(); // a panic there has been reported by its hook
             }
         }

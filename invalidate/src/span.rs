@@ -105,9 +105,9 @@ impl Inner {
     fn unwatch(&self, ledger: &mut Ledger, range: HostRange, which: impl Fn(Watch) -> bool) {
         let pieces: Vec<_> = ledger.watched(range).filter(|&(_, watch)| which(watch)).collect();
         for (piece, Watch { shard, .. }) in pieces {
-            // Still watched if the split it needs was refused. Any other refusal: nothing is mapped there any more.
+            // `EINVAL`: nothing is mapped there any more. Any other refusal leaves it watched, above all that of the split it may need.
             let refused = |uffd: &crate::uffd::Uffd| {
-                uffd.unregister(piece).is_err_and(|error| error.raw_os_error() == Some(libc::ENOMEM))
+                uffd.unregister(piece).is_err_and(|error| error.raw_os_error() != Some(libc::EINVAL))
             };
             if !self.shards[shard].uffd.as_ref().is_some_and(refused) {
                 ledger.cut(piece);
@@ -124,7 +124,8 @@ impl Inner {
         let pieces: Vec<_> = self.ledger().all().collect();
         for (piece, Watch { shard, .. }) in pieces {
             let Some(uffd) = &self.shards[shard].uffd else { continue };
-            let mapping = |at: usize| mapping_at(at).ok().flatten().filter(|_| uffd.watches(at)).map(|found| found.whole);
+            let mapping =
+                |at: usize| mapping_at(at).ok().flatten().filter(|_| uffd.watches(at)).map(|found| found.whole);
             let start = mapping(piece.start()).map_or(piece.start(), HostRange::start);
             let end = mapping(piece.end() - page_size()).map_or(piece.end(), HostRange::end);
             if uffd.unregister(HostRange::from_known(start.min(piece.start()), end.max(piece.end()))).is_err() {

@@ -8,6 +8,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use crate::HostRange;
+use crate::fault::{self, Call};
 use crate::maps::Backing;
 
 // linux/userfaultfd.h, the parts used here.
@@ -134,6 +135,7 @@ impl Uffd {
     }
 
     fn open_raw() -> io::Result<Self> {
+        fault::at(Call::Open)?;
         let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY;
         // SAFETY: userfaultfd takes flags only.
         let mut fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
@@ -156,6 +158,7 @@ impl Uffd {
     }
 
     fn api(&self, features: u64) -> io::Result<u64> {
+        fault::at(Call::Api)?;
         let mut api = UffdioApi { api: API, features, ioctls: 0 };
         // SAFETY: `api` is a live `uffdio_api` that only this call writes; the descriptor is a userfaultfd or −1.
         unsafe { ioctl::uffdio_api(self.raw(), &raw mut api) }?;
@@ -170,6 +173,7 @@ impl Uffd {
     /// Watches every mapping in the range (holes are passed over). Idempotent. Takes the address space's lock for writing, so when it returns,
     /// a mutation that had taken that lock before is over.
     pub(crate) fn register(&self, range: HostRange) -> io::Result<()> {
+        fault::at(Call::Register)?;
         let mut register = UffdioRegister { range: range.into(), mode: MODE_WP, ioctls: 0 };
         // SAFETY: `register` is a live `uffdio_register` that only this call writes; the descriptor is a userfaultfd or −1. No memory of
         // the program changes: no page is write-protected.
@@ -191,6 +195,9 @@ impl Uffd {
     /// Whether the mapping over this page is watched; no also while a mutation is in flight. Takes back the page's write-protection, so that a
     /// tracker of writes counts it as written.
     pub(crate) fn watches(&self, page: usize) -> bool {
+        if fault::at(Call::Protect).is_err() {
+            return false;
+        }
         let range = UffdioRange { start: page as u64, len: crate::page_size() as u64 };
         let mut protect = UffdioWriteprotect { range, mode: 0 };
         // SAFETY: `protect` is a live `uffdio_writeprotect`; taking protection back changes no contents.
@@ -208,6 +215,7 @@ impl Uffd {
 
     /// Ends the watch over the range.
     pub(crate) fn unregister(&self, range: HostRange) -> io::Result<()> {
+        fault::at(Call::Unregister)?;
         let mut range = UffdioRange::from(range);
         // SAFETY: `range` is a live `uffdio_range`; the descriptor is a userfaultfd or −1.
         unsafe { ioctl::uffdio_unregister(self.raw(), &raw mut range) }?;
@@ -217,6 +225,9 @@ impl Uffd {
     /// Whether some mutator is between the start of its mutation and the end of its wait for us. Costs 0.3 µs and changes nothing: the
     /// zeroed request is refused in any case, with `EAGAIN` while an event is in flight and with `EINVAL` when none is.
     pub(crate) fn is_busy(&self) -> bool {
+        if fault::at(Call::Probe).is_err() {
+            return true;
+        }
         let mut nothing = UffdioWriteprotect::default();
         // SAFETY: `nothing` is a live `uffdio_writeprotect`; an empty range is always refused.
         let answer = unsafe { ioctl::uffdio_writeprotect(self.raw(), &raw mut nothing) };

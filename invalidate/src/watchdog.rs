@@ -9,6 +9,8 @@
 //! may take), or idle with something to read for two ticks. Then, per shard that has something: *close, wait (bounded) until nobody is inside,
 //! give up what is under way, read into a preallocated log, add one to `handed`, kick*. The monitor, once it runs again, drains the log, takes
 //! `handed` and opens as many times. Until then those gates stay closed, and who meets one gets `Again`.
+//!
+//! A monitor whose thread is gone never runs again. Then this thread is the monitor from there on, and nobody watches over it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -17,6 +19,7 @@ use std::time::{Duration, Instant};
 use crossbeam_queue::ArrayQueue;
 use nix::sys::epoll::EpollTimeout;
 
+use crate::monitor;
 use crate::space::{Inner, Shards};
 use crate::sync::Futex;
 use crate::uffd::Message;
@@ -77,6 +80,13 @@ pub(crate) fn run(inner: &Arc<Inner>) {
                 break;
             }
         }
+        if is_gone(inner.monitor.thread.load(Ordering::Relaxed)) {
+            // On this thread: making another allocates, and a mutator that nobody sets free may hold the allocator's lock.
+            inner.counters.takeovers.fetch_add(1, Ordering::Relaxed);
+            monitor::recover(inner);
+            monitor::run(inner);
+            return;
+        }
         let beat = inner.monitor.beat.load(Ordering::Relaxed);
         let waiting = inner.monitor.readable(EpollTimeout::ZERO);
         let seen = (beat, inner.watchdog.is_working(), !waiting.is_empty());
@@ -86,6 +96,14 @@ pub(crate) fn run(inner: &Arc<Inner>) {
         }
         last = Some(seen);
     }
+}
+
+/// Whether the thread has ended, without a word: `exit` as a system call, or a cancellation that some library sent it.
+fn is_gone(thread: i32) -> bool {
+    let process = std::process::id();
+    // SAFETY: numbers only; the signal 0 asks and does nothing.
+    let asked = thread != 0 && unsafe { libc::syscall(libc::SYS_tgkill, process, thread, 0) } != 0;
+    asked && nix::errno::Errno::last() == nix::errno::Errno::ESRCH
 }
 
 fn rescue(inner: &Inner, waiting: Shards) {

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use pinfold_invalidate::{Coverage, Space, WatchSpan, mappings, page_size};
 use support::{
-    Memory, Stranger, Told, advise, all_told, is_watched, isolated, map_over, mapping_count, mapping_limit,
-    pointer, protect, skip, unmap, wait_until,
+    Memory, Stranger, Told, advise, all_told, is_watched, isolated, map_over, mapping_count, mapping_limit, pointer,
+    protect, skip, unmap, wait_until,
 };
 
 const MANY: usize = 100_000;
@@ -62,13 +62,13 @@ fn many_in_one_mapping(test: &str, pages: usize, range: impl Fn(&Memory, usize) 
 #[test]
 fn a_hundred_thousand_pages_of_one_mapping_are_watched_and_told_by_one_call() {
     const TEST: &str = "a_hundred_thousand_pages_of_one_mapping_are_watched_and_told_by_one_call";
-    isolated(TEST, || many_in_one_mapping(TEST, 2 * MANY, |memory, n| memory.part(2 * n, 1)));
+    let _ = isolated(TEST, || many_in_one_mapping(TEST, 2 * MANY, |memory, n| memory.part(2 * n, 1)));
 }
 
 #[test]
 fn a_hundred_thousand_overlapping_ranges_are_watched_and_told_by_one_call() {
     const TEST: &str = "a_hundred_thousand_overlapping_ranges_are_watched_and_told_by_one_call";
-    isolated(TEST, || many_in_one_mapping(TEST, MANY + 16, |memory, n| memory.part(n, 1 + n * 7 % 16)));
+    let _ = isolated(TEST, || many_in_one_mapping(TEST, MANY + 16, |memory, n| memory.part(n, 1 + n * 7 % 16)));
 }
 
 #[test]
@@ -131,7 +131,8 @@ fn a_whole_mapping_is_watched_for_one_range_on_request_and_let_go_of_with_the_sp
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
         let place = Memory::new(128);
         // SAFETY: moves memory of the test to a place of its own.
-        let moved = unsafe { libc::mremap(pointer(memory.0), memory.0.len(), 64 * page_size(), flags, pointer(place.0)) };
+        let moved =
+            unsafe { libc::mremap(pointer(memory.0), memory.0.len(), 64 * page_size(), flags, pointer(place.0)) };
         assert_ne!(moved, libc::MAP_FAILED);
         all_told(&space);
         assert_eq!(told.times(), 2, "it moved away, and its place is empty");

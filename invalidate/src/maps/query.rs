@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 
 use super::{FileId, Protection, Raw, backing};
+use crate::fault::{self, Call};
 use crate::proc_file::ProcFile;
 
 /// `struct procmap_query`.
@@ -70,6 +71,7 @@ pub(super) fn covering_or_next(at: usize) -> io::Result<Option<Raw>> {
 }
 
 fn ask(maps: BorrowedFd<'_>, query: &mut ProcmapQuery) -> io::Result<()> {
+    fault::at(Call::Query)?;
     // SAFETY: `query` is the structure that PROCMAP_QUERY reads and writes, with its true size in `size`; `vma_name_addr`
     // is null or points at the caller's buffer of `vma_name_size` bytes, which outlives the call.
     unsafe { procmap_query(maps.as_raw_fd(), query) }?;

@@ -1,6 +1,6 @@
 //! What tests of a whole process need: a process of their own, memory, a target that counts, and a stranger's userfaultfd.
 
-#![allow(dead_code)] // each test program uses its part
+#![allow(dead_code, unreachable_pub)] // each test program uses its part
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -15,13 +15,15 @@ use pinfold_invalidate::{Change, HostRange, Shards, Space, Target, Watched, page
 /// Longer than anything a test waits for.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Runs `body` in a process of its own: the same test program, told to run the test `name` alone. False in the parent when it is over.
+/// The exit code of a process that came to its end.
+pub const DONE: i32 = 42;
+
+/// Runs `body` in a process of its own (the same test program, told to run the test `name` alone) and returns what that wrote.
 ///
 /// # Panics
 /// If the child ends otherwise than by the end of `body`; the message holds what it wrote.
-pub fn isolated(name: &str, body: impl FnOnce()) {
+pub fn isolated(name: &str, body: impl FnOnce()) -> String {
     const CASE: &str = "PINFOLD_ISOLATED";
-    const DONE: i32 = 42;
     if std::env::var_os(CASE).is_some_and(|mine| mine == *name) {
         body();
         std::process::exit(DONE);
@@ -32,6 +34,7 @@ pub fn isolated(name: &str, body: impl FnOnce()) {
     let wrote = String::from_utf8_lossy(&ending.stdout) + String::from_utf8_lossy(&ending.stderr);
     wrote.lines().filter(|line| line.starts_with("SKIP")).for_each(|line| println!("{line}"));
     assert_eq!(ending.status.code(), Some(DONE), "{}; it wrote:\n{wrote}", ending.status);
+    wrote.into_owned()
 }
 
 /// Says that a test does not run, in the form that `scripts/test` counts.
@@ -143,6 +146,25 @@ impl Told {
         space.insert(range, id, Arc::<Self>::clone(&told));
         let watched = told.watch(space, range);
         (told, watched)
+    }
+
+    /// As [`over`](Self::over), while others mutate memory of the same shard.
+    pub fn over_patiently(space: &Space, range: HostRange, id: u64) -> Arc<Self> {
+        let told = Arc::new(Self::default());
+        space.insert(range, id, Arc::<Self>::clone(&told));
+        told.watch_patiently(space, range);
+        told
+    }
+
+    pub fn watch_patiently(&self, space: &Space, range: HostRange) {
+        wait_until("a watch", || match space.watch(range) {
+            Ok(watched) => {
+                self.shards.store(watched.shards.0, Ordering::SeqCst);
+                watched.coverage == pinfold_invalidate::Coverage::Watched
+            }
+            Err(pinfold_invalidate::WatchError::Moving { .. }) => false,
+            Err(error) => panic!("{range}: {error}"),
+        });
     }
 
     pub fn watch(&self, space: &Space, range: HostRange) -> Watched {

@@ -1,0 +1,243 @@
+//! Every call that the kernel may refuse is refused: what is said of it, and what is left behind.
+
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::fault::{Call, refuse, refused};
+use crate::uffd::{Uffd, feature};
+use crate::{
+    Change, Coverage, HostRange, ManualReason, Shards, Space, SpaceError, Target, WatchError, Watched, monitor,
+    page_size,
+};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const ALWAYS: u32 = u32::MAX;
+
+#[derive(Default)]
+struct Counts(AtomicU64);
+
+impl Target for Counts {
+    fn invalidated(&self, _: &Change) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn settled(self: Arc<Self>) {}
+
+    fn shards(&self) -> Shards {
+        Shards::ALL
+    }
+}
+
+/// A space of the test's own, that no other test has a share in.
+fn space() -> Result<Space, SpaceError> {
+    Space::start(1_000_000_000)
+}
+
+/// Four pages: two, one that may not be written, one.
+struct Memory(HostRange);
+
+impl Memory {
+    fn new() -> Self {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let len = 4 * page_size();
+        // SAFETY: a new mapping anywhere; nothing is replaced.
+        let at = unsafe { libc::mmap(ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+        assert_ne!(at, libc::MAP_FAILED);
+        // SAFETY: within the mapping just made.
+        let third = unsafe { at.byte_add(2 * page_size()) };
+        // SAFETY: a page of it, which no reference points into.
+        assert_eq!(unsafe { libc::mprotect(third, page_size(), libc::PROT_READ) }, 0);
+        Self(HostRange::from_ptr(at, len).unwrap())
+    }
+
+    fn page(&self, at: usize) -> HostRange {
+        HostRange::new(self.0.start() + at * page_size(), page_size()).unwrap()
+    }
+
+    /// Which pages somebody watches.
+    fn watched(&self) -> [bool; 4] {
+        let (stranger, _) = Uffd::open(feature::WANTED).unwrap();
+        std::array::from_fn(|page| match stranger.register(self.page(page)) {
+            Ok(()) => false,
+            Err(error) => error.raw_os_error() == Some(libc::EBUSY),
+        })
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: memory of the test, which no reference points into.
+        unsafe { libc::munmap(ptr::with_exposed_provenance_mut(self.0.start()), self.0.len()) };
+    }
+}
+
+/// Whether anything can be watched here at all.
+fn is_possible() -> bool {
+    let open = Uffd::open(feature::WANTED);
+    if let Err(error) = &open {
+        println!("SKIP {}: no userfaultfd here: {error}", std::thread::current().name().unwrap_or("?"));
+    }
+    open.is_ok()
+}
+
+type Check = fn(&Result<Watched, WatchError>) -> bool;
+
+const IS_WATCHED: Check = |answer| answer.as_ref().is_ok_and(|watched| watched.coverage == Coverage::Watched);
+const IS_MOVING: Check = |answer| matches!(answer, Err(WatchError::Moving { .. }));
+const IS_REFUSED: Check = |answer| matches!(answer, Err(WatchError::Refused { .. }));
+const HAS_TOO_MANY: Check = |answer| matches!(answer, Err(WatchError::TooManyMappings { limit: 1.., .. }));
+const IS_FOREIGN: Check =
+    |answer| answer.as_ref().is_ok_and(|watched| watched.coverage == Coverage::Manual(ManualReason::Foreign));
+const IS_READ_ONLY: Check =
+    |answer| answer.as_ref().is_ok_and(|watched| watched.coverage == Coverage::Manual(ManualReason::SharedReadOnly));
+
+#[test]
+fn a_watch_that_is_refused_says_so_leaves_nothing_unrecorded_and_works_the_next_time() {
+    if !is_possible() {
+        return;
+    }
+    let cases: [(Call, i32, u32, Check); 19] = [
+        // One shard after the other may be the owner; if none is, a stranger is.
+        (Call::Register, libc::EBUSY, 1, IS_WATCHED),
+        (Call::Register, libc::EBUSY, ALWAYS, IS_FOREIGN),
+        (Call::Register, libc::EPERM, ALWAYS, IS_READ_ONLY),
+        (Call::Register, libc::EINVAL, 1, IS_MOVING),
+        (Call::Register, libc::EINVAL, ALWAYS, IS_MOVING),
+        // All of the mapping instead, which needs no split.
+        (Call::Register, libc::ENOMEM, 1, IS_WATCHED),
+        (Call::Register, libc::ENOMEM, ALWAYS, HAS_TOO_MANY),
+        (Call::Register, libc::EFAULT, 1, IS_REFUSED),
+        (Call::Register, libc::EAGAIN, 1, IS_REFUSED),
+        (Call::Register, libc::EINTR, 1, IS_REFUSED),
+        (Call::Register, libc::EBADF, ALWAYS, IS_REFUSED),
+        (Call::Protect, libc::ENOENT, 1, IS_MOVING),
+        (Call::Protect, libc::EAGAIN, ALWAYS, IS_MOVING),
+        (Call::Probe, libc::EAGAIN, ALWAYS, IS_WATCHED),
+        // The text tells as much.
+        (Call::Query, libc::ENOMEM, 1, IS_WATCHED),
+        (Call::Query, libc::EPERM, ALWAYS, IS_WATCHED),
+        (Call::Query, libc::EMFILE, ALWAYS, IS_WATCHED),
+        (Call::Query, libc::EINTR, 1, IS_WATCHED),
+        (Call::Query, libc::EIO, ALWAYS, IS_WATCHED),
+    ];
+    for (call, errno, times, expected) in cases {
+        // At its first turn, and wherever else it may come: mappings before it are watched already.
+        for before in 0..6 {
+            let what = format!("{call:?} {errno} after {before}");
+            let (space, memory, counts) = (space().unwrap(), Memory::new(), Arc::new(Counts::default()));
+            space.insert(memory.0, 1, Arc::<Counts>::clone(&counts));
+            let answer = refuse(call, before, times, errno, || space.watch(memory.0));
+            assert!(expected(&answer) || refused() == 0, "{what}: {answer:?}");
+            if let Err(error) = &answer {
+                assert!(
+                    error.to_string().contains(&format!("{:#x}", memory.0.start())) || before > 0,
+                    "{what}: {error}"
+                );
+            }
+            // What the kernel watches is in the ledger, so that it can be ended.
+            let recorded = std::array::from_fn(|page| space.is_watched(memory.page(page)));
+            assert_eq!(memory.watched(), recorded, "{what}: {answer:?}");
+
+            let again = space.watch(memory.0);
+            assert!(IS_WATCHED(&again), "{what}: {again:?}");
+            assert_eq!(memory.watched(), [true; 4], "{what}");
+            // SAFETY: memory of the test, which no reference points into.
+            unsafe {
+                libc::madvise(ptr::with_exposed_provenance_mut(memory.0.start()), page_size(), libc::MADV_DONTNEED)
+            };
+            assert!(space.wait_open(Shards::ALL, Instant::now() + PATIENCE));
+            assert_eq!(counts.0.load(Ordering::SeqCst), 1, "{what}");
+            space.remove(memory.0, 1);
+            assert_eq!(memory.watched(), [false; 4], "{what}");
+        }
+    }
+}
+
+#[test]
+fn an_end_of_a_watch_that_is_refused_is_made_up_for_at_the_end_of_the_space() {
+    if !is_possible() {
+        return;
+    }
+    for errno in [libc::ENOMEM, libc::EAGAIN, libc::EBUSY] {
+        let (space, memory) = (space().unwrap(), Memory::new());
+        space.insert(memory.0, 1, Arc::new(Counts::default()));
+        assert!(IS_WATCHED(&space.watch(memory.0)));
+        refuse(Call::Unregister, 0, ALWAYS, errno, || space.remove(memory.0, 1));
+        assert_eq!((memory.watched(), space.is_watched(memory.0)), ([true; 4], true), "{errno}");
+        drop(space);
+        assert_eq!(memory.watched(), [false; 4], "{errno}");
+    }
+}
+
+#[test]
+fn a_bracket_that_can_not_end_the_watch_is_held_by_nobody() {
+    if !is_possible() {
+        return;
+    }
+    let (space, memory, counts) = (space().unwrap(), Memory::new(), Arc::new(Counts::default()));
+    space.insert(memory.0, 1, Arc::<Counts>::clone(&counts));
+    assert!(IS_WATCHED(&space.watch(memory.0)));
+    let range = memory.0;
+    let mutation = || {
+        drop(memory); // waits for the monitor, as it is watched still
+        counts.0.load(Ordering::SeqCst)
+    };
+    let told = refuse(Call::Unregister, 0, ALWAYS, libc::ENOMEM, || space.mutate(&[range], mutation)).unwrap();
+    assert!(told >= 1, "by the bracket at least");
+    assert!(space.wait_open(Shards::ALL, Instant::now() + PATIENCE));
+    assert!(!space.is_watched(range));
+    space.remove(range, 1);
+}
+
+#[test]
+fn a_space_that_is_refused_says_what_it_lacks_or_does_without() {
+    if !is_possible() {
+        return;
+    }
+    for call in [Call::Open, Call::Api, Call::Epoll, Call::EventFd, Call::Thread, Call::Query, Call::Mark] {
+        for errno in [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::EPERM, libc::ENOSYS, libc::EAGAIN] {
+            for before in [0, 1, 2, 7, 31] {
+                let made = refuse(call, before, ALWAYS, errno, space);
+                let what = format!("{call:?} {errno} after {before}");
+                let scarce = matches!(errno, libc::EMFILE | libc::ENFILE | libc::ENOMEM);
+                match made {
+                    Ok(_) if refused() == 0 || matches!(call, Call::Query | Call::Mark) => {}
+                    // No userfaultfd for us: everything is said to be manual, also where some shards had got theirs.
+                    Ok(space) => {
+                        assert!(matches!(call, Call::Open | Call::Api) && !scarce, "{what}");
+                        let memory = Memory::new();
+                        let watched = space.watch(memory.0).unwrap();
+                        assert_eq!(watched.coverage, Coverage::Manual(ManualReason::NoUserfaultfd), "{what}");
+                        assert_eq!(memory.watched(), [false; 4], "{what}");
+                    }
+                    Err(error @ SpaceError::Setup { .. }) => {
+                        assert!(scarce || !matches!(call, Call::Open | Call::Api), "{what}");
+                        assert!(error.to_string().contains("(ulimit -"), "{what}: {error}");
+                    }
+                    Err(error) => panic!("{what}: {error}"),
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn after_a_round_that_came_to_no_end_everybody_is_told_and_the_gates_are_open() {
+    let (space, memory, counts) = (space().unwrap(), Memory::new(), Arc::new(Counts::default()));
+    space.insert(memory.0, 1, Arc::<Counts>::clone(&counts));
+    for shard in [0, 3, 15] {
+        space.gate(shard).close();
+    }
+    space.inner.monitor.leave_closed(Shards(1 | 1 << 3 | 1 << 15));
+    monitor::recover(&space.inner);
+    assert_eq!(counts.0.load(Ordering::SeqCst), 1);
+    assert!((0..crate::SHARDS).all(|shard| space.gate(shard).is_open()));
+    let end = Instant::now() + PATIENCE;
+    while space.inner.forgotten.load(Ordering::SeqCst) {
+        assert!(Instant::now() < end, "the ledger is compared");
+        std::thread::yield_now();
+    }
+    assert_eq!(space.stats().recoveries, 1);
+}
