@@ -5,6 +5,7 @@ mod fixture;
 #[path = "fixture/memory.rs"]
 mod memory;
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use fixture::{Fixture, GENEROUS};
@@ -27,6 +28,12 @@ fn acquire_all(manager: &Manager, objects: &[Userptr]) -> pinfold_vulkan::Lease 
     manager.acquire_timeout(&objects.iter().collect::<Vec<_>>(), GENEROUS).unwrap()
 }
 
+/// One test at a time: what the process has seen is counted for all of them together.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn kinds(pages: usize) -> [(Memory, Path); 2] {
     [(Memory::anonymous(pages), Path::Import), (Memory::of_file(&memfd(pages), pages, true), Path::AliasImport)]
 }
@@ -43,6 +50,7 @@ fn is_watched(object: &Userptr) -> bool {
 /// `PINFOLD_SOAK_OBJECTS` says how many; 50,000 take a minute.
 #[test]
 fn thousands_of_neighbours_need_a_few_allocations() {
+    let _alone = alone();
     let Some(fixture) = Fixture::new() else { return };
     let asked = std::env::var("PINFOLD_SOAK_OBJECTS").ok();
     let count = asked.map_or(2000, |count| count.parse().expect("PINFOLD_SOAK_OBJECTS is a number"));
@@ -72,6 +80,7 @@ fn thousands_of_neighbours_need_a_few_allocations() {
 
 #[test]
 fn overlapping_objects_share_and_a_change_of_one_leaves_the_others_alone() {
+    let _alone = alone();
     let Some(fixture) = Fixture::new() else { return };
     for (memory, _) in kinds(64) {
         memory.fill();
@@ -110,6 +119,7 @@ fn overlapping_objects_share_and_a_change_of_one_leaves_the_others_alone() {
 
 #[test]
 fn objects_over_the_same_shared_pages_are_taken_again_without_disturbing_each_other() {
+    let _alone = alone();
     let Some(fixture) = Fixture::new() else { return };
     let manager = manager(&fixture);
     let memory = Memory::of_file(&memfd(8), 8, true);
@@ -128,6 +138,7 @@ fn objects_over_the_same_shared_pages_are_taken_again_without_disturbing_each_ot
 
 #[test]
 fn whatever_is_mapped_there_now_is_what_every_object_shows() {
+    let _alone = alone();
     let Some(fixture) = Fixture::new() else { return };
     let manager = manager(&fixture);
     let pages = 24;
@@ -165,6 +176,7 @@ fn whatever_is_mapped_there_now_is_what_every_object_shows() {
 
 #[test]
 fn one_of_two_devices_over_the_same_memory_goes_and_the_other_goes_on() {
+    let _alone = alone();
     let (Some(one), Some(two)) = (Fixture::new(), Fixture::new()) else { return };
     for (memory, path) in kinds(32) {
         memory.fill();
