@@ -141,10 +141,8 @@ fn comparison(out: &mut String, rows: &[&Row]) {
     strip(out, &axis, "ours", "ours", &first.ours_quantiles, &quantity(first.ours, &first.unit), &note);
     for row in rows.iter().filter(|row| row.peer.is_some()) {
         let name = row.peer_name.as_deref().unwrap_or_default();
-        let goal = goal(row)
-            .zip(verdict(row))
-            .map(|(goal, how)| format!(" <i class=\"{how}\">goal {} {how}</i>", escape(&goal)));
-        let note = ratio(row).map(|ratio| format!("ratio {ratio}{}", goal.unwrap_or_default())).unwrap_or_default();
+        let goal = goal_note(row).filter(|_| row.goal_of == GoalOf::Ratio).unwrap_or_default();
+        let note = ratio(row).map(|ratio| format!("ratio {ratio} {goal}")).unwrap_or_default();
         let value = quantity(row.peer.unwrap_or_default(), &row.unit);
         strip(out, &axis, "peer", name, &row.peer_quantiles, &value, &note);
     }
@@ -480,6 +478,21 @@ mod tests {
         second.better = Better::Higher;
         let text = page(&report(vec![row("find", 0.5), second]));
         assert_eq!(text.matches("class=\"strip").count(), 3); // ours once
+        // A goal is said once, where what it is set for stands.
+        let with_goal = |of: GoalOf| {
+            let mut row = row("find", 0.5);
+            (row.goal, row.goal_of) = (Some(1.0), of);
+            row.judge();
+            page(&report(vec![row])).split_once("<article>").expect("a comparison").1.to_owned()
+        };
+        for (of, before, strip) in
+            [(GoalOf::Ours, "strip ours", "strip peer"), (GoalOf::Ratio, "strip peer", "class=\"axis\"")]
+        {
+            let text = with_goal(of);
+            let (goal, from, to) =
+                (text.find(">goal ").unwrap(), text.find(before).unwrap(), text.find(strip).unwrap());
+            assert!(text.matches(">goal ").count() == 1 && from < goal && goal < to, "{text}");
+        }
     }
 
     #[test]

@@ -127,8 +127,8 @@ pub(crate) fn run(session: &mut Session, card: &Card) -> Result<()> {
     let memory = Memory::populated(MIB)?;
     let object = register(&manager, &memory, Access::Read)?;
     drop(manager.acquire_timeout(&[&object], PATIENCE)?);
-    session.fact("path of private memory", format!("{:?}", object.path()));
-    session.fact("coverage of private memory", format!("{:?}", object.coverage()));
+    session.fact("path of private memory", object.path().map_or("none".into(), |path| format!("{path:?}")));
+    session.fact("coverage of private memory", object.coverage().map_or("none".into(), |how| format!("{how:?}")));
     let warm = || {
         let mut fine = true;
         let time = wall(256, || fine &= manager.acquire(&[&object]).is_ok());

@@ -19,7 +19,7 @@ pub(crate) fn run(session: &mut Session, card: &Card) -> Result<()> {
     let memory = Memory::populated(size)?;
     let object = register(&manager, &memory, Access::Read)?;
     drop(manager.acquire_timeout(&[&object], PATIENCE)?);
-    session.fact("path", format!("{:?}", object.path()));
+    session.fact("path", object.path().map_or("none".into(), |path| format!("{path:?}")));
     let mut copy = Staged::new(card, size)?;
     let full = |copy: &mut Staged<'_>| {
         let begun = Instant::now();
