@@ -119,6 +119,7 @@ fn backings(pages: usize) -> Vec<(&'static str, Pages)> {
 }
 
 #[test]
+// rows: selftests/uffd wp-unpopulated
 fn each_written_page_is_told_once_on_every_backing() {
     for (name, pages) in backings(300) {
         (0..100).for_each(|page| pages.write(page)); // touched before, the others never

@@ -39,6 +39,8 @@ pub enum Call {
     Import,
     /// [`Device::refresh`].
     Refresh,
+    /// The end of [`Device::import`]: the pages have been looked at, and nobody has the import yet.
+    Taken,
 }
 
 /// How often what happened, since the device was made.
@@ -69,7 +71,7 @@ struct Inner {
 
 #[derive(Debug, Default)]
 struct State {
-    scripts: [VecDeque<Answer>; 3],
+    scripts: [VecDeque<Answer>; 4],
     counts: Counts,
     /// Calls that are waiting, and the round they wait for the end of.
     held: usize,
@@ -213,6 +215,7 @@ impl Device for FakeDevice {
                 peek(page, 8).map_err(|_| DeviceError::Fault { range, why: "a page is gone", errno: libc::EFAULT })?;
             words.push(u64::from_ne_bytes(word.try_into().expect("eight bytes were read")));
         }
+        self.answer(Call::Taken, range)?;
         let mut state = self.state();
         let id = state.next_id;
         state.next_id += 1;

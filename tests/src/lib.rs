@@ -6,11 +6,13 @@
 
 use std::time::Duration;
 
+pub mod conformance;
 pub mod dma;
 pub mod fake;
 pub mod fence;
 pub mod fire_door;
 pub mod leaks;
+pub mod matrix;
 pub mod memory;
 pub mod process;
 mod skip;

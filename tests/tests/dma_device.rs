@@ -29,6 +29,7 @@ const PINNABLE: [Backing; 6] = [
 ];
 
 #[test]
+// rows (dma): amdgpu/amd_basic userptr-with-IP-DMA
 fn bytes_go_both_ways_through_the_pin() {
     let device = device!();
     for backing in PINNABLE {

@@ -72,6 +72,7 @@ fn assert_manual(manager: &Manager<FakeDevice>, region: &Region, reason: ManualR
 }
 
 #[test]
+// rows (fake): selftests/uffd move, poison
 fn memory_that_somebody_else_watches_is_foreign_and_ours_when_they_have_gone() {
     isolated(|| {
         let manager = patient();
@@ -213,6 +214,7 @@ fn forbid_userfaultfd() -> bool {
 }
 
 #[test]
+// rows (fake): peers/blocked-in-containers; peers/assumed-cache-never-started
 fn without_userfaultfd_everything_is_manual_and_works() {
     isolated(|| {
         if !forbid_userfaultfd() {

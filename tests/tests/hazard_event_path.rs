@@ -60,6 +60,7 @@ impl Target for Handler {
 }
 
 #[test]
+// rows: peers/free-under-the-monitors-lock
 fn a_handler_that_allocates_ends_the_program_and_one_that_does_not_is_left_alone() {
     let run = |does: fn(&Handler)| {
         let space = Space::get(Duration::from_secs(5)).unwrap();
@@ -114,6 +115,7 @@ const MUTATIONS: [(&str, NoteCause, Mutate); 9] = [
 ];
 
 #[test]
+// rows (fake): selftests/uffd events{,-wp}; peers/debug-print-in-the-hook-allocates
 fn no_kind_of_event_allocates_or_frees_and_each_is_told_to_the_watch_queue() {
     isolated(|| {
         let (manager, queue) = manager(Duration::from_secs(5));

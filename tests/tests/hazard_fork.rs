@@ -128,6 +128,7 @@ fn a_child_is_told(fork: fn() -> libc::pid_t) {
 }
 
 #[test]
+// rows (fake): igt/forked-access; peers/memory-missing-in-the-child
 fn every_call_of_a_forked_child_says_so_and_the_parent_is_intact() {
     isolated(|| a_child_is_told(fork)).expect_return();
 }
@@ -178,6 +179,7 @@ fn a_child_may_make_a_manager_of_its_own() {
 }
 
 #[test]
+// rows (fake): peers/dereg-after-free-breaks-fork
 fn a_child_that_lives_on_does_not_stop_the_parent_from_ending_and_unmapping() {
     for (case, fork) in [("fork", fork as fn() -> libc::pid_t), ("clone", bare_clone)] {
         pinfold_tests::process::isolated_case(case, PATIENCE, move || {
@@ -212,6 +214,7 @@ fn a_child_that_lives_on_does_not_stop_the_parent_from_ending_and_unmapping() {
 }
 
 #[test]
+// rows (fake): peers/child-deadlocks
 fn forks_of_a_busy_parent_neither_hang_nor_disturb_it() {
     isolated(|| {
         let scene = Scene::new();

@@ -100,6 +100,7 @@ fn assert_nothing_is_left<D: Device<Signal = Fence>>(device: impl Fn() -> D) {
 }
 
 #[test]
+// rows (fake dma): igt/create-destroy-{unsync,sync}
 fn three_hundred_lives_leave_nothing_behind() {
     isolated_case("fake", 2 * PATIENCE, || assert_nothing_is_left(FakeDevice::new)).expect_return();
     let pins = || {
@@ -112,6 +113,7 @@ fn three_hundred_lives_leave_nothing_behind() {
 }
 
 #[test]
+// rows (dma): igt/{unsync,sync}-unmap-cycles; peers/pending-invalidations-grow
 fn mutations_and_new_acquisitions_of_one_object_pile_nothing_up() {
     const ROUNDS: usize = 600;
     isolated(|| {
@@ -159,6 +161,7 @@ fn is_watched(range: HostRange) -> bool {
 }
 
 #[test]
+// rows (fake): peers/cannot-force-deregistration
 fn when_the_last_handle_is_gone_the_memory_is_nobodys() {
     isolated(|| {
         if let Err(e) = Stranger::new() {
@@ -249,6 +252,7 @@ fn make_signals_interrupt() -> io::Result<()> {
 }
 
 #[test]
+// rows (fake): peers/signal-kills-the-event-thread
 fn a_storm_of_signals_loses_nothing() {
     const MUTATIONS: usize = 600;
     isolated(|| {

@@ -108,6 +108,7 @@ fn a_submit_that_earlier_work_waits_for_is_let_in_after_the_deadline() {
 }
 
 #[test]
+// rows (fake): peers/allocator-advises-under-its-lock
 fn an_allocator_may_discard_pages_under_the_lock_that_completion_needs() {
     isolated(|| {
         let manager = hasty();
@@ -159,6 +160,7 @@ impl Target for Foolish {
 }
 
 #[test]
+// rows: peers/flush-in-the-hook-under-the-heap-lock
 fn a_handler_that_unmaps_watched_memory_is_rescued_and_nothing_is_lost() {
     isolated(|| {
         let space = Space::get(Duration::from_millis(20)).unwrap();

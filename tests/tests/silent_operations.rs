@@ -49,6 +49,7 @@ fn bytes_of(pages: std::ops::Range<usize>) -> std::ops::Range<u64> {
 }
 
 #[test]
+// rows (fake): peers/file-operations-are-missed
 fn an_operation_on_a_file_takes_back_every_object_over_those_bytes_and_no_other() {
     let _alone = alone();
     let rig = Fake::new();

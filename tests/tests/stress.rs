@@ -8,6 +8,8 @@ use pinfold_tests::{PATIENCE, skip};
 use userptr::{Dma, Fake, Rig, oracle};
 
 #[test]
+// rows (dma): selftests/uffd-stress; peers/corruption-without-a-trace; xe/userptr-invalidate-race
+// rows (dma): xe/threads-{userptr-invalidate,userptr-invalidate-race,rebind-err}
 fn no_device_that_pins_reads_what_a_mutation_that_has_returned_took_away() {
     let time = oracle::time(2_000);
     for backing in oracle::backings() {
@@ -24,6 +26,7 @@ fn no_device_that_pins_reads_what_a_mutation_that_has_returned_took_away() {
 }
 
 #[test]
+// rows (fake): selftests/uffd-stress; xe/threads-{userptr-invalidate,userptr-invalidate-race,rebind-err}
 fn no_device_that_copies_keeps_what_a_mutation_that_has_returned_took_away() {
     let time = oracle::time(500);
     for backing in oracle::backings() {

@@ -30,6 +30,7 @@ fn submit(rig: &Fake, object: &Userptr<FakeDevice>, fence: &Fence) -> Pending<Fa
 }
 
 #[test]
+// rows (fake): igt/nohangcheck; xe/compute-mode-userptr-{free,unmap}
 fn work_that_outlives_the_deadline_is_late_once_and_later_mutations_do_not_pay_for_it() {
     let _alone = alone();
     let rig = hasty();

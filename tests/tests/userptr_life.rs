@@ -55,6 +55,7 @@ fn submit(
 // ---- release -----------------------------------------------------------------------------------------------------------------------------
 
 #[test]
+// rows (fake): igt/{unsync,sync}-unmap-after-close
 fn after_release_a_munmap_pays_nothing() {
     let _alone = alone();
     let rig = Fake::new();
@@ -75,6 +76,7 @@ fn after_release_a_munmap_pays_nothing() {
 }
 
 #[test]
+// rows (fake): peers/late-unsubscribe-drops-a-newer-registration
 fn what_another_object_covers_stays_watched_after_release() {
     let _alone = alone();
     let rig = Fake::new();
@@ -92,6 +94,7 @@ fn what_another_object_covers_stays_watched_after_release() {
 }
 
 #[test]
+// rows (fake): igt/{unsync,sync}-unmap-after-close
 fn an_object_may_be_released_after_its_memory_is_gone() {
     let _alone = alone();
     let rig = Fake::new();
@@ -176,6 +179,7 @@ fn a_mutation_during_an_acquisition_throws_its_result_away_and_the_worker_begins
 }
 
 #[test]
+// rows (fake): xe/compute-mode-userptr-{free,unmap}
 fn an_acquisition_that_was_superseded_does_no_harm_to_the_one_that_came_after() {
     let _alone = alone();
     let rig = Fake::new();
@@ -330,6 +334,7 @@ fn who_comes_back_with_a_wait_after_again_is_told_what_became_of_it() {
 }
 
 #[test]
+// rows (fake): peers/subscribe-failure-becomes-another-error
 fn each_kind_of_failure_of_the_device_arrives_as_what_it_is() {
     let _alone = alone();
     let rig = Fake::new();
@@ -640,6 +645,7 @@ fn a_lease_from_before_an_invalidation_is_refused_although_the_object_is_valid_a
 // ---- objects ---------------------------------------------------------------------------------------------------------------------------
 
 #[test]
+// rows (fake): xe/{bindexecqueue,many-execqueues,many-vm}-userptr-{…}
 fn an_object_of_another_manager_is_foreign() {
     let _alone = alone();
     let (rig, other) = (Fake::new(), Fake::new());
@@ -734,6 +740,7 @@ fn a_bracket_that_panics_opens_the_gates_again() {
 }
 
 #[test]
+// rows (fake): igt/unsync-unmap; igt/access-control
 fn an_unwatched_object_sends_no_event_and_is_right_in_brackets() {
     let _alone = alone();
     let rig = Fake::new();
@@ -805,6 +812,7 @@ fn a_manager_dropped_with_work_under_way_waits_for_it() {
 }
 
 #[test]
+// rows (fake): igt/nohangcheck
 fn a_manager_dropped_with_work_that_never_ends_asks_the_device_and_ends() {
     let _alone = alone();
     let mut config = patient();
@@ -976,6 +984,7 @@ fn the_watch_queue_tells_a_whole_life() {
 // ---- for engines' own tests --------------------------------------------------------------------------------------------------------------
 
 #[test]
+// rows (fake): xe/userptr-inval-inject
 fn every_nth_submit_finds_one_of_its_objects_invalidated_each_in_its_turn() {
     let _alone = alone();
     let rig = Fake::new();

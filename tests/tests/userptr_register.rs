@@ -65,6 +65,7 @@ fn registering_touches_nothing() {
 }
 
 #[test]
+// rows: igt/input-checking; igt/usage-restrictions; amdgpu/amd_fuzzing userptr-fuzzing
 fn what_is_no_range_is_told_in_the_kernels_order_with_the_kernels_errno() {
     let page = page_size();
     let cases = [
@@ -91,6 +92,7 @@ fn what_is_no_range_is_told_in_the_kernels_order_with_the_kernels_errno() {
 }
 
 #[test]
+// rows: igt/input-checking
 fn an_unknown_flag_is_refused_and_a_known_one_is_the_kernels() {
     assert_eq!(Access::from_flags(0).unwrap(), Access::ReadWrite);
     assert_eq!(Access::from_flags(1).unwrap(), Access::Read);

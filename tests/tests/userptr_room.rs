@@ -150,6 +150,7 @@ fn pages_of_an_old_generation_are_room_before_anybody_is_evicted() {
 }
 
 #[test]
+// rows (fake): igt/stress-purge
 fn shrinking_takes_the_oldest_and_says_how_much_it_was() {
     let _alone = alone();
     let (rig, _region, objects) = with_budget(100, 6);
@@ -176,6 +177,7 @@ fn shrinking_takes_the_oldest_and_says_how_much_it_was() {
 }
 
 #[test]
+// rows (fake): igt/coherency-{unsync,sync}
 fn an_eviction_loses_no_bytes_and_the_memory_is_watched_as_before() {
     let _alone = alone();
     let (rig, region, objects) = with_budget(1, 2);
@@ -190,6 +192,7 @@ fn an_eviction_loses_no_bytes_and_the_memory_is_watched_as_before() {
 }
 
 #[test]
+// rows (fake): igt/stress-purge
 fn threads_that_share_too_small_a_budget_all_get_their_turn() {
     let _alone = alone();
     let (rig, region, objects) = with_budget(2, 8);
@@ -304,6 +307,7 @@ fn limit_locked_pages(pages: usize) -> bool {
 }
 
 #[test]
+// rows: igt/{mlocked,swapping,minor,major}-{sync,unsync}-{normal,interruptible}
 fn locked_memory_is_limited_by_the_process_and_idle_objects_make_room() {
     isolated(|| {
         let device = match DmaDevice::new() {

@@ -61,6 +61,7 @@ fn leave_nothing(body: impl Fn()) {
 }
 
 #[test]
+// rows (fake): igt/sync-unmap
 fn ten_thousand_objects_come_and_go_on_the_scripted_device() {
     isolated(|| {
         leave_nothing(|| {
@@ -74,6 +75,7 @@ fn ten_thousand_objects_come_and_go_on_the_scripted_device() {
 }
 
 #[test]
+// rows (dma): igt/sync-unmap
 fn ten_thousand_objects_come_and_go_on_the_device_that_pins() {
     isolated(|| {
         if let Err(e) = DmaDevice::new() {

@@ -9,6 +9,7 @@ use pinfold_vulkan::{Access, Config, Error, Manager, State};
 const OBJECTS: usize = 10_000;
 
 #[test]
+// rows: igt/sync-unmap
 fn ten_thousand_objects_are_imported_and_invalidated_by_one_munmap() {
     isolated(|| {
         let gpu = gpu!();

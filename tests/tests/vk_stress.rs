@@ -10,6 +10,8 @@ use userptr::oracle;
 use userptr::vulkan::Vulkan;
 
 #[test]
+// rows: selftests/uffd-stress; peers/corruption-without-a-trace; xe/userptr-invalidate-race
+// rows: xe/threads-{userptr-invalidate,userptr-invalidate-race,rebind-err}
 fn no_driver_reads_what_a_mutation_that_has_returned_took_away() {
     let time = oracle::time(500);
     for backing in oracle::backings() {

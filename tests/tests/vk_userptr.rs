@@ -49,6 +49,13 @@ on_the_driver! {
         an_operation_without_an_event_is_right_inside_a_bracket
         an_operation_without_an_event_is_right_after_it_has_been_told
     }
+    igt {
+        probe
+        huge_split
+        stress_mm_invalidate_close
+        sizes
+        mlocked
+    }
     overlap {
         overlapping_objects_see_the_same_memory_and_each_is_invalidated_by_its_own_pages_only
     }

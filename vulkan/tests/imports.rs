@@ -63,6 +63,7 @@ fn every_kind_of_memory_is_read_in_place() {
 }
 
 #[test]
+// rows: amdgpu/amd_basic userptr-with-IP-DMA
 fn what_the_device_writes_is_in_the_programs_own_memory() {
     let Some(fixture) = Fixture::new() else { return };
     let device = fixture.open(&Config::default());
@@ -93,6 +94,7 @@ fn the_trial_table_agrees_with_what_then_happens() {
 }
 
 #[test]
+// rows: igt/readonly-unsync
 fn a_buffer_over_read_only_memory_cannot_be_written() {
     let Some(fixture) = Fixture::new() else { return };
     let device = fixture.open(&Config::default());
@@ -107,6 +109,7 @@ fn a_buffer_over_read_only_memory_cannot_be_written() {
 }
 
 #[test]
+// rows: selftests/hmm double_map
 fn an_import_of_shared_memory_survives_munmap_while_the_device_works() {
     let Some(fixture) = Fixture::new() else { return };
     let device = fixture.open(&Config::default());

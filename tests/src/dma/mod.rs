@@ -12,6 +12,7 @@
 //! pin may take its time.
 
 mod engine;
+mod hold;
 mod job;
 mod pins;
 
@@ -24,6 +25,7 @@ use pinfold_invalidate::HostRange;
 
 use crate::fence::{Fence, Followed};
 use engine::Engine;
+use hold::Hold;
 pub use job::Job;
 pub use pins::DmaImport;
 use pins::Pins;
@@ -37,6 +39,7 @@ struct Inner {
     engine: Engine,
     pins: Arc<Pins>,
     followed: Followed,
+    hold: Hold,
 }
 
 impl DmaDevice {
@@ -47,7 +50,7 @@ impl DmaDevice {
     pub fn new() -> io::Result<Self> {
         let pins = Arc::new(Pins::new()?);
         let engine = Engine::start(Arc::clone(&pins))?;
-        Ok(Self(Arc::new(Inner { engine, pins, followed: Followed::default() })))
+        Ok(Self(Arc::new(Inner { engine, pins, followed: Followed::default(), hold: Hold::default() })))
     }
 
     /// Pins the pages of a range.
@@ -56,6 +59,24 @@ impl DmaDevice {
     /// [`DeviceError::Fault`] for what is not pinnable, [`DeviceError::Budget`] beyond `RLIMIT_MEMLOCK` and the device's own limits.
     pub fn pin(&self, range: HostRange) -> Result<DmaImport, DeviceError> {
         self.0.pins.pin(range)
+    }
+
+    /// The next import takes its pages and is then kept waiting until [`let_go`](Self::let_go).
+    pub fn hold_next_import(&self) {
+        self.0.hold.arm();
+    }
+
+    /// Waits until an import is held.
+    ///
+    /// # Panics
+    /// If that doesn't come about.
+    pub fn wait_held(&self) {
+        self.0.hold.wait_held();
+    }
+
+    /// Lets the held import go on, and holds none.
+    pub fn let_go(&self) {
+        self.0.hold.let_go();
     }
 
     /// How many imports are alive.
@@ -98,7 +119,9 @@ impl Device for DmaDevice {
     }
 
     fn import(&self, request: &Request<'_>, (): ()) -> Result<DmaImport, DeviceError> {
-        self.pin(request.range)
+        let import = self.pin(request.range)?;
+        self.0.hold.pass();
+        Ok(import)
     }
 
     fn locked_bytes(&self, range: HostRange) -> u64 {

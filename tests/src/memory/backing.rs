@@ -35,10 +35,13 @@ pub enum Backing {
     FileSharedReadOnly,
     /// A memfd sealed against future writes, mapped shared without `PROT_WRITE`. Can't be watched either.
     MemfdSealedReadOnly,
+    /// Private anonymous memory from the pool of huge pages, which is empty on most machines: not among [`ALL`](Self::ALL). In whole huge pages
+    /// only.
+    HugeTlb,
 }
 
 impl Backing {
-    /// Every kind.
+    /// Every kind that each machine has.
     pub const ALL: [Self; 11] = [
         Self::Anonymous,
         Self::AnonymousHuge,
@@ -81,8 +84,9 @@ impl Backing {
 
     /// Flags for `mmap`, without those that say where.
     pub(super) fn flags(self) -> i32 {
-        let anonymous = matches!(self, Self::Anonymous | Self::AnonymousHuge | Self::AnonymousShared);
-        (if self.shared() { libc::MAP_SHARED } else { libc::MAP_PRIVATE })
+        let anonymous = matches!(self, Self::Anonymous | Self::AnonymousHuge | Self::AnonymousShared | Self::HugeTlb);
+        let huge = if self == Self::HugeTlb { libc::MAP_HUGETLB } else { 0 };
+        huge | (if self.shared() { libc::MAP_SHARED } else { libc::MAP_PRIVATE })
             | if anonymous { libc::MAP_ANONYMOUS } else { 0 }
     }
 
@@ -92,9 +96,9 @@ impl Backing {
     }
 
     /// The file behind it, `contents` long, or `None` for anonymous memory.
-    pub(super) fn file(self, contents: &[u8]) -> io::Result<Option<Source>> {
+    pub(super) fn file(self, contents: impl FnOnce() -> Vec<u8>) -> io::Result<Option<Source>> {
         let source = match self {
-            Self::Anonymous | Self::AnonymousHuge | Self::AnonymousShared => return Ok(None),
+            Self::Anonymous | Self::AnonymousHuge | Self::AnonymousShared | Self::HugeTlb => return Ok(None),
             Self::Memfd | Self::MemfdPrivate | Self::MemfdSealedReadOnly => {
                 let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
                 Source { file: File::from(memfd_create(c"pinfold-tests", flags)?), path: None }
@@ -102,7 +106,7 @@ impl Backing {
             Self::Shm => Source::create(&["/dev/shm".into()], false)?,
             _ => Source::create(&[std::env::temp_dir(), "/var/tmp".into(), std::env::current_dir()?], true)?,
         };
-        std::io::Write::write_all(&mut &source.file, contents)?;
+        std::io::Write::write_all(&mut &source.file, &contents())?;
         if self == Self::MemfdSealedReadOnly {
             fcntl(&source.file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_FUTURE_WRITE))?;
         }

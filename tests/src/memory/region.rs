@@ -51,8 +51,8 @@ impl Region {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn untouched(backing: Backing, pages: usize) -> io::Result<Self> {
-        let source = backing.file(&pattern(0..pages))?;
-        let align = if backing == Backing::AnonymousHuge { 2 << 20 } else { page_size() };
+        let source = backing.file(|| pattern(0..pages))?;
+        let align = if matches!(backing, Backing::AnonymousHuge | Backing::HugeTlb) { 2 << 20 } else { page_size() };
         let range = reserve(pages * page_size(), align)?;
         let region = Self { range, backing, source, held: Mutex::new(vec![true; pages]) };
         region.map(region.range, 0, libc::MAP_FIXED)?;
@@ -60,6 +60,16 @@ impl Region {
             region.advise(0..pages, libc::MADV_HUGEPAGE)?;
         }
         Ok(region)
+    }
+
+    /// Private anonymous memory that is mapped already and nobody uses: a part of the stack or of the heap. It becomes the region's, with its
+    /// contents, and is unmapped with it.
+    ///
+    /// # Safety
+    /// The pages are the caller's to give, and no reference points into them.
+    #[must_use]
+    pub unsafe fn adopt(range: HostRange) -> Self {
+        Self { range, backing: Backing::Anonymous, source: None, held: Mutex::new(vec![true; range.pages()]) }
     }
 
     /// All of it.
@@ -217,6 +227,27 @@ impl Region {
         // SAFETY: the range is this region's, into which no reference points; shrinking never moves.
         let at = unsafe { libc::mremap(start, self.range.len(), pages * page_size(), 0) };
         if at == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// `mremap` to more pages, in place. What is new belongs to nobody until [`ungrow`](Self::ungrow).
+    ///
+    /// # Errors
+    /// Those of `mremap`: `ENOMEM` if something is in the way.
+    pub fn grow(&self, pages: usize) -> io::Result<()> {
+        let start = without_provenance_mut::<libc::c_void>(self.range.start());
+        // SAFETY: the range is this region's, into which no reference points; without MREMAP_MAYMOVE it stays where it is.
+        let at = unsafe { libc::mremap(start, self.range.len(), pages * page_size(), 0) };
+        if at == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// Unmaps what [`grow`](Self::grow) to so many pages has added.
+    ///
+    /// # Errors
+    /// Those of `munmap`.
+    pub fn ungrow(&self, pages: usize) -> io::Result<()> {
+        let len = pages * page_size() - self.range.len();
+        // SAFETY: the pages that `grow` has mapped, which nobody knows.
+        check(unsafe { libc::munmap(without_provenance_mut(self.range.end()), len) })
     }
 
     /// `ftruncate` of the file to so many pages.

@@ -35,6 +35,7 @@ fn renew<R: Rig>(rig: &R, region: &Region, pages: Range<usize>, byte: u8) {
     }
 }
 
+// rows: igt/sd-probe; xe/basic-userptr{,-rebind}
 pub fn after_munmap_an_acquire_faults_and_after_a_new_mapping_the_device_sees_the_new_contents<R: Rig>(rig: &R) {
     for (_, region) in regions(rig, 4) {
         let object = register(rig.manager(), region.range());
@@ -49,6 +50,7 @@ pub fn after_munmap_an_acquire_faults_and_after_a_new_mapping_the_device_sees_th
     }
 }
 
+// rows: igt/sd-probe; igt/map-fixed-invalidate{,-overlap}{,-busy}; xe/mmap-style-bind-userptr-{…}; xe/userptr-invalidate
 pub fn a_mapping_put_over_an_idle_object_takes_its_place<R: Rig>(rig: &R) {
     for (backing, region) in regions(rig, 4) {
         let object = register(rig.manager(), region.range());
@@ -93,6 +95,7 @@ fn mutate_busy<R: Rig>(rig: &R, object: &Userptr<R::D>, mutation: impl FnOnce() 
     seen
 }
 
+// rows: igt/map-fixed-invalidate{,-overlap}{,-busy}
 pub fn a_mapping_put_over_a_busy_object_waits_for_the_work<R: Rig>(rig: &R) {
     for (backing, region) in regions(rig, 4) {
         let object = register(rig.manager(), region.range());
@@ -186,6 +189,8 @@ pub fn threads_that_replace_each_others_mappings_end_with_an_object_in_step<R: R
     }
 }
 
+// rows: xe/munmap-style-unbind-userptr-{all,one-partial,either-side,end,front,many,inval}
+// rows: xe/system-allocator-partial-{,middle-,atomic-}{munmap,remap}-{cpu,no-cpu}-fault
 pub fn a_hole_anywhere_invalidates_the_whole_object_and_a_refill_makes_it_whole<R: Rig>(rig: &R) {
     for (backing, region) in regions(rig, 6) {
         let object = register(rig.manager(), region.range());
@@ -232,6 +237,7 @@ pub fn a_mapping_that_moves_away_leaves_an_invalid_object_and_works_where_it_is<
     }
 }
 
+// rows: xe/system-allocator-partial-{,middle-,atomic-}{munmap,remap}-{cpu,no-cpu}-fault
 pub fn a_part_that_moves_away_is_a_hole<R: Rig>(rig: &R) {
     for (_, region) in regions(rig, 4) {
         let object = register(rig.manager(), region.range());
@@ -285,6 +291,7 @@ pub fn a_mapping_that_shrinks_leaves_a_hole<R: Rig>(rig: &R) {
     }
 }
 
+// rows: peers/mremap-target-is-missed
 pub fn a_mapping_moved_onto_an_object_takes_its_place_idle_or_busy<R: Rig>(rig: &R) {
     for (backing, region) in regions(rig, 4) {
         let object = register(rig.manager(), region.range());
@@ -341,6 +348,7 @@ pub fn discarded_pages_are_taken_anew<R: Rig>(rig: &R) {
     }
 }
 
+// rows: igt/vma-merge; peers/watches-more-than-it-was-asked
 pub fn neighbours_may_change_page_by_page_without_any_effect<R: Rig>(rig: &R) {
     for (backing, region) in regions(rig, 12) {
         let object = register(rig.manager(), region.part(4..8));
@@ -413,6 +421,7 @@ pub fn guard_pages_are_announced_by_invalidate_or_put_in_by_a_bracket<R: Rig>(ri
     }
 }
 
+// rows: peers/file-operations-are-missed
 pub fn a_file_that_is_cut_or_punched_in_a_bracket_is_seen_as_it_then_is<R: Rig>(rig: &R) {
     let manager = rig.manager();
     for (backing, region) in regions(rig, 4).filter(|(backing, _)| backing.shared() && backing.writable()) {

@@ -3,6 +3,8 @@
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test program uses its own part of this")]
 
 pub mod change;
+pub mod igt;
+pub mod matrix;
 pub mod oracle;
 pub mod overlap;
 pub mod race;
@@ -19,7 +21,7 @@ use pinfold_core::{Access, Config, Device, Lease, Manager, Outcome, Pending, Sta
 use pinfold_invalidate::{HostRange, Shards, Space, page_size};
 use pinfold_tests::PATIENCE;
 use pinfold_tests::dma::DmaDevice;
-use pinfold_tests::fake::FakeDevice;
+use pinfold_tests::fake::{Answer, Call, FakeDevice};
 use pinfold_tests::fence::Fence;
 use pinfold_tests::memory::{Backing, Region};
 
@@ -50,6 +52,17 @@ pub trait Rig: Sync {
 
     /// To be told of what the program writes into memory it goes on having: a device of copies has to make new ones.
     fn written(&self, _: HostRange) {}
+
+    /// Lets the next import take its pages and then wait until [`let_go`](Self::let_go). False if the device can't be told to.
+    fn hold_next_import(&self) -> bool {
+        false
+    }
+
+    /// Waits until an import is held.
+    fn wait_held(&self) {}
+
+    /// Lets the held import go on.
+    fn let_go(&self) {}
 
     /// Submits work that reads the only object of the lease, and is under way until [`Work::finish`].
     fn start(&self, lease: Lease<Self::D>) -> Result<Work<'_, Self::D>, SubmitError<Self::D, Infallible>>;
@@ -217,6 +230,19 @@ impl Rig for Fake {
         self.manager.invalidate(range).unwrap();
     }
 
+    fn hold_next_import(&self) -> bool {
+        self.device.script(Call::Taken, &[Answer::Hold]);
+        true
+    }
+
+    fn wait_held(&self) {
+        self.device.wait_held(1);
+    }
+
+    fn let_go(&self) {
+        self.device.let_go();
+    }
+
     fn start(&self, lease: Lease<FakeDevice>) -> Result<Work<'_, FakeDevice>, SubmitError<FakeDevice, Infallible>> {
         let (fence, view) = (Fence::new(), lease.view(0));
         let (id, seen) = (view.id, view.words.clone());
@@ -262,6 +288,19 @@ impl Rig for Dma {
 
     fn keeps_pages(&self, _: Backing) -> bool {
         true
+    }
+
+    fn hold_next_import(&self) -> bool {
+        self.device.hold_next_import();
+        true
+    }
+
+    fn wait_held(&self) {
+        self.device.wait_held();
+    }
+
+    fn let_go(&self) {
+        self.device.let_go();
     }
 
     fn start(&self, lease: Lease<DmaDevice>) -> Result<Work<'_, DmaDevice>, SubmitError<DmaDevice, Infallible>> {

@@ -21,6 +21,7 @@ const SECOND: [(&str, Range<usize>); 8] = [
     ("around, flush at the end", 0..8),
 ];
 
+// rows: igt/{unsync,sync}-overlap; peers/merging-is-harmful
 pub fn overlapping_objects_see_the_same_memory_and_each_is_invalidated_by_its_own_pages_only<R: Rig>(rig: &R) {
     for (form, second) in SECOND {
         let region = Region::new(Backing::Anonymous, PAGES).unwrap();

@@ -204,6 +204,7 @@ fn valid_in<D: Device>(object: &Userptr<D>) -> Option<Generation> {
 
 /// While other threads acquire and submit, whoever returns from `munmap` finds no object over it valid, and whoever returns from `madvise` finds
 /// each valid in a later generation, if at all.
+// rows: peers/dead-entry-after-the-call-returned
 pub fn whoever_has_returned_from_a_mutation_never_finds_the_object_as_valid_as_before<R: Rig>(rig: &R) {
     // Memory that may be unmapped under running work.
     let backing = if rig.keeps_pages(Backing::Anonymous) { Backing::Anonymous } else { Backing::Memfd };

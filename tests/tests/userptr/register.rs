@@ -16,6 +16,7 @@ fn register_anything<D: Device>(manager: &Manager<D>, range: HostRange, access: 
     unsafe { manager.register(range, access) }.unwrap()
 }
 
+// rows: igt/invalid-null-pointer; xe/userptr-invalid
 pub fn null_registers_and_faults_when_it_is_acquired<R: Rig>(rig: &R) {
     let null = HostRange::from_ptr(std::ptr::null::<u8>(), page_size()).unwrap();
     let object = register(rig.manager(), null);
@@ -48,6 +49,7 @@ pub fn every_layout_of_holes_and_forbidden_pages_is_refused_until_it_is_whole<R:
     }
 }
 
+// rows: selftests/hmm anon_{read,write}{,_prot,_huge}, file_{read,write}
 pub fn memory_without_permission_is_a_fault<R: Rig>(rig: &R) {
     let region = Region::new(Backing::Anonymous, 4).unwrap();
     let object = register(rig.manager(), region.range());
@@ -57,6 +59,7 @@ pub fn memory_without_permission_is_a_fault<R: Rig>(rig: &R) {
     assert_eq!(device_sees(rig, &object), program_sees(&region));
 }
 
+// rows: igt/readonly-unsync; selftests/hmm anon_{read,write}{,_prot,_huge}, file_{read,write}
 pub fn a_device_does_not_get_to_write_where_the_program_may_not<R: Rig>(rig: &R) {
     let region = Region::new(Backing::Anonymous, 2).unwrap();
     region.protect(1..2, libc::PROT_READ).unwrap();
@@ -68,6 +71,7 @@ pub fn a_device_does_not_get_to_write_where_the_program_may_not<R: Rig>(rig: &R)
 }
 
 /// The kernel's own pages and device mappings, alone and with a page of ordinary memory at an edge.
+// rows: igt/invalid-mmap-offset-unsync
 pub fn device_mappings_are_a_fault<R: Rig>(rig: &R) {
     let first_page = |range: HostRange| HostRange::new(range.start(), page_size()).unwrap();
     if let Some(vvar) = find_mapping("[vvar]") {

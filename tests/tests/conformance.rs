@@ -1,0 +1,17 @@
+//! The page of rows, tests and verdicts says what the tests say.
+
+use std::path::Path;
+
+use pinfold_tests::conformance::{Sources, page};
+
+#[test]
+fn every_row_has_a_test_or_a_reason_and_the_page_says_which() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let page =
+        page(&Sources::read(root).unwrap()).unwrap_or_else(|errors| panic!("rows and tests don't fit:\n{errors}"));
+    let committed = std::fs::read_to_string(root.join("tests/README.md")).unwrap();
+    assert!(
+        committed == page,
+        "tests/README.md is out of date; `cargo run -p pinfold-tests --bin conformance` writes it"
+    );
+}
