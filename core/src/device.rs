@@ -95,6 +95,8 @@ pub struct Request<'a> {
     pub used: Use,
     /// Objects whose [`Target::group`](pinfold_invalidate::Target::group) is this may be taken together; 0: none.
     pub group: usize,
+    /// The object's number: it is larger than those of objects registered before. 0 for what isn't an object.
+    pub id: u64,
     /// The object's label, for debug names and messages; may be empty.
     pub label: &'a str,
 }
@@ -113,6 +115,7 @@ impl<'a> Request<'a> {
             policy: Policy::Auto,
             used: Use::default(),
             group: 0,
+            id: 0,
             label: "",
         }
     }

@@ -10,7 +10,9 @@
 //! watched before they are imported. So every change under it that an object would hear of marks the block as stale, and nobody new is put on
 //! it; who is on it and was not hit stays. Reading the mark is ordered by the object's own acquisition: a change that came before the object's
 //! word was noted has been told by then, to the block as well; one that comes later moves the word, and the object isn't published. Where it
-//! takes more than that to know what is there (pages were discarded, or the watch is less than complete), blocks are not shared.
+//! takes more than that to know what is there, blocks are not shared: where the watch is less than complete; for an object whose pages were
+//! discarded, as a block may have been made before they went, after the discard was told; and for objects that were registered after the block
+//! was made, and so were not told of such a discard. (Whatever moves the object's word next makes the block stale, too.)
 //!
 //! A small object's block takes in its neighbours: the registered objects of the same manager that join up with it inside one window of
 //! [`WINDOW`] bytes and lie over the same kind of mapping. Nothing is taken that the program hasn't registered.
@@ -67,6 +69,8 @@ pub(crate) struct Listed {
     blocks: Arc<Blocks>,
     program: HostRange,
     id: u64,
+    /// The number of the newest object that was there when it was made.
+    newest: u64,
     news: Arc<News>,
 }
 
@@ -78,7 +82,7 @@ struct News {
 
 impl Target for News {
     fn invalidated(&self, _: &Change) {
-        // Release: pairs with the Acquire in `Block::is_stale`. The gates order it for those who matter.
+        // Release: pairs with the Acquire in `is_stale`. The gates order it for those who matter.
         self.stale.store(true, Ordering::Release);
     }
 
@@ -106,7 +110,7 @@ impl Blocks {
     }
 
     /// A block that shows what is at these addresses of the program now, and was imported from `imported`.
-    pub(crate) fn find(&self, program: HostRange, imported: HostRange) -> Option<Arc<Block>> {
+    pub(crate) fn find(&self, request: &Request<'_>, program: HostRange, imported: HostRange) -> Option<Arc<Block>> {
         // Held beyond the lock, which the last owner of a block takes: that may be us by now.
         let begin_before: Vec<_> = {
             let alive = self.alive();
@@ -117,24 +121,29 @@ impl Blocks {
             block.program.covers(program)
                 && block.imported.start().wrapping_sub(block.program.start())
                     == imported.start().wrapping_sub(program.start())
-                && !block.is_stale()
+                && block.listed.as_ref().is_some_and(|listed| request.id <= listed.newest && !listed.news.is_stale())
         };
         begin_before.into_iter().find(fits)
     }
 
-    /// Whether other objects of the request's manager lie over these addresses.
-    pub(crate) fn has_company(&self, request: &Request<'_>, program: HostRange) -> bool {
-        let mut objects = 0;
-        self.space.visit(program, |_, _, target| objects += usize::from(target.group() == request.group));
-        objects > 1
+    /// The number of the newest object over these addresses, if the request's own is not the only one of its manager.
+    pub(crate) fn company(&self, request: &Request<'_>, program: HostRange) -> Option<u64> {
+        let (mut objects, mut newest) = (0, 0);
+        self.space.visit(program, |_, id, target| {
+            if target.group() == request.group {
+                objects += 1;
+                newest = id.max(newest);
+            }
+        });
+        (objects > 1).then_some(newest)
     }
 
     /// Takes a place over these addresses of the program.
-    pub(crate) fn list(self: &Arc<Self>, program: HostRange) -> Listed {
+    pub(crate) fn list(self: &Arc<Self>, program: HostRange, newest: u64) -> Listed {
         let id = BLOCK | NEXT.fetch_add(1, Ordering::Relaxed);
         let news = Arc::<News>::default();
         self.space.insert(program, id, Arc::clone(&news) as Arc<dyn Target>);
-        Listed { blocks: Arc::clone(self), program, id, news }
+        Listed { blocks: Arc::clone(self), program, id, newest, news }
     }
 
     /// The block of an object and its neighbours, watched and ready to be imported, and its place; `None` if the object stands alone.
@@ -142,10 +151,11 @@ impl Blocks {
         let object = request.range;
         let first = object.start() / WINDOW * WINDOW;
         let window = HostRange::new(first, WINDOW).ok().filter(|window| window.covers(object))?;
-        let mut ranges = Vec::new();
-        self.space.visit(window, |range, _, target| {
+        let (mut ranges, mut newest) = (Vec::new(), 0);
+        self.space.visit(window, |range, id, target| {
             if target.group() == request.group && window.covers(range) {
                 ranges.push(range);
+                newest = id.max(newest);
             }
         });
         let wide = joined(object, ranges);
@@ -153,7 +163,7 @@ impl Blocks {
             return None;
         }
         let before = mappings(wide).ok().filter(|mappings| are_alike(mappings, &request.mappings[0]))?;
-        let listed = self.list(wide);
+        let listed = self.list(wide, newest);
         request.populate(wide, &before).ok()?;
         let watched = self.space.watch_as(wide, &before).ok()?;
         let whole = watched.coverage == Coverage::Watched && are_alike(&watched.mappings, &request.mappings[0]);
@@ -286,9 +296,11 @@ impl Block {
     pub(crate) fn alias_of(&self) -> Option<HostRange> {
         self.alias.as_ref().map(|_| self.program)
     }
+}
 
+impl News {
     fn is_stale(&self) -> bool {
-        self.listed.as_ref().is_none_or(|listed| listed.news.stale.load(Ordering::Acquire))
+        self.stale.load(Ordering::Acquire)
     }
 }
 

@@ -256,7 +256,9 @@ impl Ground<'_> {
         let sharing = self.blocks.filter(|_| Blocks::shares(self.request) && !self.request.discarded);
         let _turn = sharing.and_then(|blocks| blocks.turn(self.request.range));
         if let Some(blocks) = sharing {
-            if let Some(block) = blocks.find(program, imported).filter(|block| block.suits(needs.memory_type_bits)) {
+            if let Some(block) =
+                blocks.find(self.request, program, imported).filter(|block| block.suits(needs.memory_type_bits))
+            {
                 return self.put(buffer, block, cut);
             }
             if let Some((wide, listed)) = blocks.neighbourhood(self.request).filter(|(wide, _)| wide.covers(program)) {
@@ -276,8 +278,8 @@ impl Ground<'_> {
         }
         // Pages that were only rounded out into are not watched, so nobody else may be put on them.
         let whole = self.request.range.covers(program);
-        let shared = sharing.filter(|blocks| whole && blocks.has_company(self.request, program));
-        let listed = shared.map(|blocks| blocks.list(program));
+        let shared = sharing.filter(|_| whole);
+        let listed = shared.and_then(|blocks| Some(blocks.list(program, blocks.company(self.request, program)?)));
         let block = self.block((program, imported), needs.memory_type_bits, listed)?;
         self.put(buffer, block, cut)
     }
