@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, bail};
 use ash::{Entry, ext, vk};
+use pinfold_vulkan::DeviceContext;
 
 const VALIDATION: &CStr = c"VK_LAYER_KHRONOS_validation";
 
@@ -55,6 +56,32 @@ impl Gpu {
         Self::open_fitting(validation, |_, its_name| name.is_none_or(|name| its_name.contains(name)))
     }
 
+    /// How many devices there are.
+    ///
+    /// # Errors
+    /// No loader, or no driver.
+    pub fn count() -> Result<usize> {
+        let entry = loader()?;
+        let (instance, _) = make_instance(&entry, Validation::Off, &AtomicU64::new(0))?;
+        // SAFETY: a query without preconditions.
+        let all = unsafe { instance.enumerate_physical_devices() };
+        // SAFETY: it has no children.
+        unsafe { instance.destroy_instance(None) };
+        Ok(all?.len())
+    }
+
+    /// The handles, for a manager. The manager must be gone before this is dropped.
+    #[must_use]
+    pub fn context(&self) -> DeviceContext {
+        DeviceContext {
+            instance: self.instance.clone(),
+            physical: self.physical,
+            device: self.device.clone(),
+            extensions: self.extensions.clone(),
+            buffer_device_address: false,
+        }
+    }
+
     /// Opens the device that the loader lists at `index`, from 0.
     ///
     /// # Errors
@@ -64,9 +91,7 @@ impl Gpu {
     }
 
     fn open_fitting(validation: Validation, fits: impl Fn(usize, &str) -> bool) -> Result<Self> {
-        // SAFETY: the Vulkan loader's initialisers have no preconditions that a Rust program could break.
-        let entry = unsafe { Entry::load() }
-            .context("there is no Vulkan loader (libvulkan.so.1); on Debian: apt-get install libvulkan1")?;
+        let entry = loader()?;
         let messages = Box::new(AtomicU64::new(0));
         let (instance, debug) = make_instance(&entry, validation, &messages)?;
         // From here on a failure leaks the instance, and the program ends.
@@ -220,6 +245,12 @@ fn make_instance(entry: &Entry, validation: Validation, messages: &AtomicU64) ->
     // SAFETY: the extension is enabled; `messages` is boxed by the caller and outlives the messenger.
     let messenger = unsafe { debug.create_debug_utils_messenger(&to_stderr, None) }?;
     Ok((instance, Some((debug, messenger))))
+}
+
+fn loader() -> Result<Entry> {
+    // SAFETY: the Vulkan loader's initialisers have no preconditions that a Rust program could break.
+    let entry = unsafe { Entry::load() };
+    entry.context("there is no Vulkan loader (libvulkan.so.1); on Debian: apt-get install libvulkan1")
 }
 
 /// The device that draws: a discrete GPU before an integrated one before a virtual one before a CPU.
