@@ -1,7 +1,8 @@
 //! What the object machine asks of a device, and nothing else: judge a range, take its pages, give them back, say when work is over.
 //!
 //! The order of the calls for one acquisition is *prepare → (the range becomes watched) → import → … → release*. No lock of this crate is
-//! held across any of them, all run on worker threads or on the thread that calls `acquire`, and never on the monitor thread.
+//! held across any of them, all run on worker threads or on the thread that calls `acquire` or `shrink`, and never on the
+//! monitor thread.
 
 use std::ops::Range;
 use std::time::Duration;

@@ -2,7 +2,7 @@
 //!
 //! Its imports copy the first word of every page, so a test can tell which pages an import saw. Nothing is pinned.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -78,7 +78,7 @@ struct State {
     round: u64,
     next_id: u64,
     lost: bool,
-    live: Vec<u64>,
+    live: BTreeSet<u64>,
 }
 
 /// An import of the fake device.
@@ -219,7 +219,7 @@ impl Device for FakeDevice {
         let mut state = self.state();
         let id = state.next_id;
         state.next_id += 1;
-        state.live.push(id);
+        state.live.insert(id);
         state.counts.imported += 1;
         Ok(FakeImport { device: Arc::clone(&self.0), released: false, id, range, words })
     }
@@ -255,7 +255,7 @@ impl Device for FakeDevice {
 impl Drop for FakeImport {
     fn drop(&mut self) {
         let mut state = self.device.state.lock().expect("nothing panics under this lock");
-        state.live.retain(|&id| id != self.id);
+        state.live.remove(&self.id);
         if self.released {
             state.counts.released += 1;
         } else {
