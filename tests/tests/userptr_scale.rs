@@ -7,7 +7,7 @@ mod userptr;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pinfold_core::{Access, Device, Manager, State, Userptr, page_size};
 use pinfold_tests::PATIENCE;
@@ -50,16 +50,20 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Does something so many times and prints how long each took. For people; nothing is judged by it.
+/// Does something so many times and prints how long each took, and what of it this thread was running. For people; nothing is judged by it.
 fn each<T>(what: &str, times: usize, work: impl FnOnce() -> T) -> T {
-    let begun = Instant::now();
+    let (begun, running) = (Instant::now(), thread_time());
     let result = work();
-    println!(
-        "{what}: {:.0} ns each, {:.1} ms",
-        begun.elapsed().as_nanos() as f64 / times as f64,
-        begun.elapsed().as_secs_f64() * 1e3
-    );
+    let (took, ran) = (begun.elapsed(), thread_time() - running);
+    let each = |time: Duration| time.as_nanos() as f64 / times as f64;
+    println!("{what}: {:.0} ns each, running {:.0} ns, in all {took:.1?}", each(took), each(ran));
     result
+}
+
+fn thread_time() -> Duration {
+    let now =
+        nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID).expect("every thread has this clock");
+    now.into()
 }
 
 /// One page each, with a page between them that is nobody's: each has a watch of its own.
@@ -97,10 +101,14 @@ fn ten_thousand_objects<D: Device>(device: D, pinned: u64) {
 
 /// The process before and after, with an earlier manager's remains (caches of the allocator and the like) in both counts.
 fn leave_nothing(body: impl Fn()) {
-    body();
-    let before = Holdings::now();
-    body();
-    let after = Holdings::now();
+    let threads = Holdings::now().threads;
+    let held_after = || {
+        body();
+        // The thread that settles may be the last to let go of an object, and then ends the tracking.
+        wait_until("the end of all threads", || Holdings::now().threads == threads);
+        Holdings::now()
+    };
+    let (before, after) = (held_after(), held_after());
     assert_eq!((after.descriptors, after.threads, after.pinned), (before.descriptors, before.threads, before.pinned));
     // The allocator may keep a few mappings more; ten thousand objects would be seen.
     assert!(after.mappings < before.mappings + 100, "{before:?} {after:?}");
