@@ -36,7 +36,7 @@ pub struct VulkanDevice {
     blocks: Arc<Blocks>,
     mirrors: Arc<MirrorHeap>,
     /// Where the engine has lent a queue for it.
-    uploader: Option<Arc<Uploader>>,
+    uploader: Mutex<Option<Arc<Uploader>>>,
     rules: Rules,
     /// The answer that [`Device::wait_idle`] did not wait for to the end.
     waiting: Mutex<Option<Receiver<Result<(), vk::Result>>>>,
@@ -103,7 +103,7 @@ impl VulkanDevice {
             aliases: Arc::default(),
             blocks: Blocks::new(&space),
             mirrors,
-            uploader,
+            uploader: Mutex::new(uploader),
             rules,
             gpu,
             waiting: Mutex::new(None),
@@ -220,7 +220,8 @@ impl VulkanDevice {
     }
 
     fn mirror(&self, request: &Request<'_>, reason: MirrorReason) -> Result<Import, DeviceError> {
-        mirror(&self.mirrors, self.uploader.as_ref(), request, Path::Mirror(reason), self.usage(request))
+        let uploader = self.uploader.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        mirror(&self.mirrors, uploader.as_ref(), request, Path::Mirror(reason), self.usage(request))
     }
 
     /// A new alias of the request's range, or better of all of the mapping around it, for its neighbours.
@@ -385,7 +386,10 @@ impl Device for VulkanDevice {
     }
 
     fn shut_down(&self) {
+        // The device may be dropped later than the manager, by a thread that is just looking at an object, and then its handles are gone.
         self.aliases.clear();
+        drop(self.uploader.lock().unwrap_or_else(PoisonError::into_inner).take());
+        self.mirrors.close();
         self.completion.finish();
     }
 }

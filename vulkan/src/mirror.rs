@@ -42,13 +42,28 @@ pub(crate) struct MirrorHeap {
     gpu: Arc<Gpu>,
     space: Arc<Space>,
     /// Driver calls happen under this lock, so nothing that a thread waiting for the device needs may be behind it.
-    allocator: Mutex<Allocator>,
+    pool: Mutex<Pool>,
     /// The families of the queues that use mirrors, if they are several.
     families: Box<[u32]>,
     place: MirrorPlace,
     sole_writer: bool,
     /// Bytes copied so far.
     copied: AtomicU64,
+}
+
+struct Pool {
+    /// `None` from the end on: it keeps memory of the device even when nobody uses any.
+    allocator: Option<Allocator>,
+    /// Blocks alive.
+    live: usize,
+    closed: bool,
+}
+
+impl Pool {
+    /// The allocator, to be dropped by the caller, if this is the end and nothing is left.
+    fn ended(&mut self) -> Option<Allocator> {
+        if self.closed && self.live == 0 { self.allocator.take() } else { None }
+    }
 }
 
 impl MirrorHeap {
@@ -74,7 +89,11 @@ impl MirrorHeap {
         Ok(Self {
             gpu: Arc::clone(gpu),
             space: Arc::clone(space),
-            allocator: Mutex::new(allocator.map_err(SetupError::Allocator)?),
+            pool: Mutex::new(Pool {
+                allocator: Some(allocator.map_err(SetupError::Allocator)?),
+                live: 0,
+                closed: false,
+            }),
             families: config.uploads.as_ref().map_or_else(Box::default, |uploads| uploads.families().into()),
             place,
             sole_writer: config.sole_writer,
@@ -86,8 +105,17 @@ impl MirrorHeap {
         self.copied.load(Ordering::Relaxed)
     }
 
-    fn allocator(&self) -> MutexGuard<'_, Allocator> {
-        self.allocator.lock().expect("the allocator for mirrors doesn't panic")
+    /// No mirror is made any more. What is left goes with the last block.
+    pub(crate) fn close(&self) {
+        let mut pool = self.pool();
+        pool.closed = true;
+        let ended = pool.ended();
+        drop(pool);
+        drop(ended);
+    }
+
+    fn pool(&self) -> MutexGuard<'_, Pool> {
+        self.pool.lock().expect("the allocator for mirrors doesn't panic")
     }
 
     /// A buffer on memory at `location`, for `range`.
@@ -107,7 +135,9 @@ impl MirrorHeap {
         let buffer = OwnedBuffer::new(gpu, &info, label).map_err(|code| gpu.failed("vkCreateBuffer", range, code))?;
         let requirements = buffer.requirements();
         check_heap(gpu, range, heap_of(&gpu.memory, location), requirements.size)?;
-        let allocation = self.allocator().allocate(&AllocationCreateDesc {
+        let mut pool = self.pool();
+        let Some(allocator) = pool.allocator.as_mut() else { return Err(DeviceError::Lost) };
+        let allocation = allocator.allocate(&AllocationCreateDesc {
             name: label,
             requirements,
             location,
@@ -115,6 +145,8 @@ impl MirrorHeap {
             allocation_scheme: AllocationScheme::GpuAllocatorManaged,
         });
         let allocation = allocation.map_err(|error| not_allocated(gpu, range, requirements.size, &error))?;
+        pool.live += 1;
+        drop(pool);
         let mapped = allocation.mapped_ptr().map(NonNull::cast);
         // SAFETY: the allocation lives as long as `block`, which keeps its memory where it is.
         let (memory, offset) = (unsafe { allocation.memory() }, allocation.offset());
@@ -163,8 +195,14 @@ unsafe impl Sync for Block {}
 impl Drop for Block {
     fn drop(&mut self) {
         let Some(allocation) = self.allocation.take() else { return };
-        let freed = self.heap.allocator().free(allocation);
+        let mut pool = self.heap.pool();
+        let allocator = pool.allocator.as_mut().expect("the allocator is there as long as a block is");
+        let freed = allocator.free(allocation);
         debug_assert!(freed.is_ok(), "an allocation is freed once, where it came from: {freed:?}");
+        pool.live -= 1;
+        let ended = pool.ended();
+        drop(pool);
+        drop(ended);
     }
 }
 
