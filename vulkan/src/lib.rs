@@ -61,6 +61,9 @@ mod fixture;
 #[doc = include_str!("../../README.md")]
 mod readme {}
 
+#[doc = include_str!("quirks.md")]
+pub mod quirks {}
+
 mod admission;
 mod alias;
 mod block;
