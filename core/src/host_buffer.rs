@@ -17,7 +17,6 @@ use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -27,8 +26,7 @@ use nix::unistd::ftruncate;
 use pinfold_invalidate::{HostRange, Space, page_size};
 use thiserror::Error;
 
-/// Bytes of one atomic access.
-const WORD: usize = size_of::<AtomicU64>();
+use crate::words::Words;
 
 /// What others may do with a buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -215,18 +213,7 @@ impl HostBuffer {
     /// [`HostBufferError::Outside`]; nothing has been copied then.
     pub fn read(&self, offset: usize, into: &mut [u8]) -> Result<(), HostBufferError> {
         self.check(offset, into.len())?;
-        let words = self.words();
-        let (first, within) = (offset / WORD, offset % WORD);
-        let (head, rest) = into.split_at_mut(if within == 0 { 0 } else { (WORD - within).min(into.len()) });
-        if !head.is_empty() {
-            head.copy_from_slice(&load(&words[first])[within..within + head.len()]);
-        }
-        let first = first + usize::from(within > 0);
-        let (body, tail) = rest.as_chunks_mut::<WORD>();
-        body.iter_mut().zip(&words[first.min(words.len())..]).for_each(|(to, word)| *to = load(word));
-        if !tail.is_empty() {
-            tail.copy_from_slice(&load(&words[first + body.len()])[..tail.len()]);
-        }
+        self.words().read(offset, into);
         Ok(())
     }
 
@@ -236,34 +223,18 @@ impl HostBuffer {
     /// [`HostBufferError::Outside`]; nothing has been copied then.
     pub fn write(&self, offset: usize, from: &[u8]) -> Result<(), HostBufferError> {
         self.check(offset, from.len())?;
-        let words = self.words();
-        let (first, within) = (offset / WORD, offset % WORD);
-        let (head, rest) = from.split_at(if within == 0 { 0 } else { (WORD - within).min(from.len()) });
-        if !head.is_empty() {
-            merge(&words[first], within, head);
-        }
-        let first = first + usize::from(within > 0);
-        let (body, tail) = rest.as_chunks::<WORD>();
-        // Relaxed: what orders the bytes for a reader is what tells it that they are there.
-        let store = |(from, word): (&[u8; WORD], &AtomicU64)| word.store(u64::from_ne_bytes(*from), Ordering::Relaxed);
-        body.iter().zip(&words[first.min(words.len())..]).for_each(store);
-        if !tail.is_empty() {
-            merge(&words[first + body.len()], 0, tail);
-        }
+        self.words().write(offset, from);
         Ok(())
     }
 
     fn check(&self, offset: usize, len: usize) -> Result<(), HostBufferError> {
         let size = self.size();
-        let inside = offset.checked_add(len).is_some_and(|end| end <= size);
-        if inside { Ok(()) } else { Err(HostBufferError::Outside { offset, len, size }) }
+        if self.words().holds(offset, len) { Ok(()) } else { Err(HostBufferError::Outside { offset, len, size }) }
     }
 
-    fn words(&self) -> &[AtomicU64] {
-        let words = NonNull::slice_from_raw_parts(self.memory.start.cast(), self.size() / WORD);
-        // SAFETY: the mapping is page-aligned, as long as `words` and readable and writable as long as `self` lives; every bit pattern is an
-        // `AtomicU64`, and others may write.
-        unsafe { words.as_ref() }
+    fn words(&self) -> Words<'_> {
+        // SAFETY: the mapping is page-aligned, writable and alive as long as `self` is; no reference into it exists, and others are told to make none.
+        unsafe { Words::new(self.memory.start, self.size()) }
     }
 }
 
@@ -315,21 +286,4 @@ fn map(file: &OwnedFd, len: usize) -> io::Result<NonNull<u8>> {
     let both = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
     // SAFETY: without MAP_FIXED the kernel chooses a free place, so no memory in use is touched.
     Ok(unsafe { mmap(None, size, both, MapFlags::MAP_SHARED, file, 0) }?.cast())
-}
-
-#[inline]
-fn load(word: &AtomicU64) -> [u8; WORD] {
-    // Relaxed: as in `write`.
-    word.load(Ordering::Relaxed).to_ne_bytes()
-}
-
-/// Replaces the bytes of a word from `at` on.
-fn merge(word: &AtomicU64, at: usize, bytes: &[u8]) {
-    let merged = |old: u64| {
-        let mut new = old.to_ne_bytes();
-        new[at..at + bytes.len()].copy_from_slice(bytes);
-        Some(u64::from_ne_bytes(new))
-    };
-    // Relaxed: as in `write`. The closure never answers None.
-    let _ = word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, merged);
 }

@@ -14,6 +14,8 @@ mod acquire;
 mod config;
 mod device;
 mod discard;
+#[cfg(not(loom))]
+pub mod dmabuf;
 mod engine;
 mod error;
 #[cfg(not(loom))]
@@ -40,6 +42,8 @@ mod ticket;
 #[cfg(not(loom))]
 mod userptr;
 pub mod watch;
+#[cfg(not(loom))]
+mod words;
 mod work;
 
 pub use config::Config;
