@@ -21,11 +21,13 @@ use std::time::{Duration, Instant};
 use pinfold_invalidate::{Backing, Cause, Coverage, ManualReason, Mapping, Shards, Target, WatchError, mappings};
 
 use crate::discard::are_gone;
+use crate::dmabuf::Reserved;
 use crate::notes::What;
 use crate::object::{Fault, Object, Pin, Slot};
 use crate::populate::{populate, resident};
 use crate::room::Charge;
 use crate::state::{Snapshot, State, Step};
+use crate::watch::DmaBufEvent;
 use crate::{Device, Error, Preparation, Request, protocol};
 
 /// How often a worker begins anew because the memory changed hands under it.
@@ -183,6 +185,9 @@ impl<D: Device> Object<D> {
         if !space.wait_open(shards, patience) || !space.wait_settled(shards, patience) {
             return Ok(Attempt::Crowded);
         }
+        if let Some(reserved) = &self.dmabuf {
+            return self.take_dmabuf(reserved, noted, token, learnt);
+        }
         let discarded = self.discarded.since_taken(self.range);
         // Asked before anything is populated: absent pages prove that the zap is over.
         let unproven = discarded.is_some_and(|part| !are_gone(part));
@@ -252,6 +257,37 @@ impl<D: Device> Object<D> {
         self.engine.make_room(short, self.last_used.load(Ordering::Relaxed), learnt.returned)
     }
 
+    /// Takes a dma-buf. There is nothing to populate and nothing to watch: its pages stay until everybody has closed it.
+    fn take_dmabuf(
+        self: &Arc<Self>,
+        reserved: &Reserved,
+        noted: Snapshot,
+        token: u64,
+        learnt: &mut Learnt<D>,
+    ) -> Result<Attempt, Error> {
+        let charge = match learnt.charge.take() {
+            Some(charge) => charge,
+            None => self.engine.charge(self.range)?,
+        };
+        let part = &reserved.part;
+        let import = self.engine.device().import_dmabuf(&self.request(&[], false), part)?;
+        let pin = Pin::new(import, noted.generation, charge);
+        let (path, home) = (pin.path, self.engine.space.home(self.range));
+        if let Err(pin) = self.publish(noted, token, home, Coverage::Manual(ManualReason::Asked), pin) {
+            pin.release();
+            return Ok(Attempt::Moved);
+        }
+        fence(Ordering::SeqCst); // as for mapped memory
+        if self.engine.is_lost() {
+            self.give_up();
+        }
+        self.imports.fetch_add(1, Ordering::Relaxed);
+        self.engine.counters.dmabufs_imported.fetch_add(1, Ordering::Relaxed);
+        self.engine.note_dmabuf(self, DmaBufEvent::Imported, part);
+        self.engine.note(self, What::Acquired(path, noted.generation));
+        Ok(Attempt::Valid)
+    }
+
     /// What must be done before the range is watched. `None`: done, but it moved the generation.
     fn prepare(&self, before: &[Mapping], learnt: &mut Learnt<D>) -> Result<Option<D::Prepared>, Error> {
         if let Some((prepared, mappings)) = learnt.prepared.take()
@@ -277,7 +313,8 @@ impl<D: Device> Object<D> {
 
     /// `None`: the mappings have changed meanwhile.
     fn watch(&self, before: &[Mapping]) -> Result<Option<(Shards, Coverage, Vec<Mapping>)>, Error> {
-        if self.unwatched {
+        // Acquire: pairs with the export that clears it.
+        if self.unwatched.load(Ordering::Acquire) {
             let home = self.engine.space.home(self.range);
             return Ok(Some((home, Coverage::Manual(ManualReason::Asked), before.to_vec())));
         }

@@ -11,6 +11,7 @@ use pinfold_invalidate::{Coverage, HostRange, Mapping};
 use thiserror::Error;
 
 use crate::Ticket;
+use crate::dmabuf::DmaBufPart;
 
 /// What the device may do with the memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -147,6 +148,8 @@ pub enum Path {
     Import,
     /// A second mapping of the same shared pages, owned by us, is imported. It outlives the program's `munmap`.
     AliasImport,
+    /// A dma-buf: of the program's own shared memory, or one that the object was registered for.
+    DmaBuf,
     /// A copy in device memory.
     Mirror(MirrorReason),
 }
@@ -270,6 +273,17 @@ pub trait Device: Send + Sync + 'static {
     fn locked_bytes(&self, range: HostRange) -> u64 {
         let _ = range;
         0
+    }
+
+    /// Takes a part of a dma-buf, for an object that was registered for one: `request.range` has its addresses, where nothing is mapped, and no
+    /// mappings. What else is true of [`import`](Self::import) is true of this.
+    ///
+    /// # Errors
+    /// Any. Without an implementation: that the device imports no dma-bufs.
+    fn import_dmabuf(&self, request: &Request<'_>, part: &DmaBufPart) -> Result<Self::Import, DeviceError> {
+        let _ = part;
+        let why = "this device imports no dma-bufs";
+        Err(DeviceError::Fault { range: request.range, why, errno: libc::EOPNOTSUPP })
     }
 
     /// Makes what the device sees current. Called at every acquire of a valid object; does nothing where the device reads the program's own pages.

@@ -74,6 +74,8 @@ pub(crate) struct Counters {
     pub(crate) injected: AtomicU64,
     /// Submits since the first that was to be injected.
     pub(crate) tries: AtomicU64,
+    pub(crate) dmabufs_exported: AtomicU64,
+    pub(crate) dmabufs_imported: AtomicU64,
 }
 
 /// A count (and a sum of bytes) that can be waited for to become nothing.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use pinfold_invalidate::{HostRange, MapsError, MutateError, RangeError, SpaceError, WatchError};
 use thiserror::Error;
 
+use crate::dmabuf::DmaBufError;
 use crate::{DeviceError, Lease};
 
 /// Why a call didn't do what it was asked to. Cheap to clone: one failed acquisition may be told to several waiters.
@@ -43,6 +44,9 @@ pub enum Error {
     /// The device said no, or is lost.
     #[error(transparent)]
     Device(Arc<DeviceError>),
+    /// A dma-buf can't be made, taken or waited for.
+    #[error(transparent)]
+    DmaBuf(Arc<DmaBufError>),
     /// A pointer and a length are no range.
     #[error(transparent)]
     Range(#[from] RangeError),
@@ -110,6 +114,7 @@ impl Error {
             Self::Fault { errno, .. } => *errno,
             Self::Budget { .. } => libc::ENOMEM,
             Self::Device(error) => error.errno(),
+            Self::DmaBuf(error) => error.errno(),
             Self::Range(error) => error.errno(),
             Self::UnknownFlag(_) => libc::EINVAL,
             Self::Watch(_) | Self::Space(_) => libc::ENOMEM,
@@ -132,6 +137,12 @@ impl From<DeviceError> for Error {
             DeviceError::Budget { range, what, needed, available } => Self::Budget { range, what, needed, available },
             other => Self::Device(Arc::new(other)),
         }
+    }
+}
+
+impl From<DmaBufError> for Error {
+    fn from(error: DmaBufError) -> Self {
+        Self::DmaBuf(Arc::new(error))
     }
 }
 

@@ -14,7 +14,6 @@ mod acquire;
 mod config;
 mod device;
 mod discard;
-#[cfg(not(loom))]
 pub mod dmabuf;
 mod engine;
 mod error;
@@ -42,14 +41,12 @@ mod ticket;
 #[cfg(not(loom))]
 mod userptr;
 pub mod watch;
-#[cfg(not(loom))]
 mod words;
 mod work;
 
 pub use config::Config;
 pub use device::{Access, Device, DeviceError, MirrorReason, Outcome, Path, Policy, Preparation, Request, Use};
 pub use error::{Error, SubmitError};
-#[cfg(not(loom))]
 pub use host_buffer::{HostBuffer, HostBufferError, HostBufferKind, HugePages};
 pub use lease::{Lease, Pending, View};
 #[cfg(not(loom))]

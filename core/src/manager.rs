@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 
 use pinfold_invalidate::{Cause, HostRange, Shards, SpaceStats, in_bracket};
 
+use crate::dmabuf::{CpuAccess, DmaBuf, DmaBufPart, Reserved, export};
 use crate::engine::Engine;
 use crate::notes::What;
 use crate::object::{Handle, Object};
 use crate::ready::{Since, Wait};
-use crate::watch::{Record, Scope, WatchConfig, WatchList, WatchQueue, share};
+use crate::watch::{DmaBufEvent, Record, Scope, WatchConfig, WatchList, WatchQueue, share};
 use crate::{Access, Acquire, Config, Device, Error, Lease, Userptr};
 
 /// Hands host memory to one device. Cheap to clone; the last clone to go ends every object, waits for work under way, and joins the workers.
@@ -103,13 +104,66 @@ impl<D: Device> Manager<D> {
         self.engine().check()?;
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         let mut object = Object::new(id, range, access, label.into(), Arc::clone(self.engine()));
-        object.unwatched = unwatched;
-        let object = Arc::new(object);
+        *object.unwatched.get_mut() = unwatched;
+        Ok(self.insert(object))
+    }
+
+    fn insert(&self, object: Object<D>) -> Userptr<D> {
+        let (id, range, object) = (object.id, object.range, Arc::new(object));
         let handle = Handle::first(Arc::clone(&object));
         self.engine().objects.add(0);
         self.engine().note(&object, What::Registered);
         self.engine().space.insert(range, id, object);
-        Ok(Userptr { handle })
+        Userptr { handle }
+    }
+
+    /// Registers a part of a dma-buf, which becomes an object like any other: acquired, leased, submitted, retired. The object's range is a name for
+    /// it, addresses at which nothing is mapped; [`invalidate`](Self::invalidate) takes it, and makes the next acquire import the buffer anew.
+    ///
+    /// Its pages stay until everybody has closed it, whatever becomes of its exporter, so there is nothing to hold off. Who else uses it, and
+    /// when, is told by its fences: [`wait_dmabuf`](Self::wait_dmabuf).
+    ///
+    /// # Errors
+    /// [`Error::DmaBuf`] if the part isn't inside the buffer; [`Error::Closed`], [`Error::Forked`].
+    pub fn register_dmabuf(&self, part: DmaBufPart, access: Access, label: &str) -> Result<Userptr<D>, Error> {
+        self.engine().check()?;
+        let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
+        let reserved = Reserved::new(part)?;
+        let mut object = Object::new(id, reserved.range, access, label.into(), Arc::clone(self.engine()));
+        object.dmabuf = Some(reserved);
+        Ok(self.insert(object))
+    }
+
+    /// A dma-buf of a part of an object, in bytes from its start: whole pages of one memory file.
+    ///
+    /// An object that isn't watched becomes watched by this: whoever gets the buffer has promised nothing. It is invalid then, and acquired
+    /// again like after any change.
+    ///
+    /// # Errors
+    /// [`Error::DmaBuf`] with the reason: memory that is no single memory file, seals, a part outside the object, no `/dev/udmabuf`, or an object
+    /// that can't be watched; [`Error::Fault`], [`Error::Closed`], [`Error::Forked`].
+    pub fn export_dmabuf(&self, object: &Userptr<D>, bytes: std::ops::Range<u64>) -> Result<DmaBuf, Error> {
+        self.engine().check()?;
+        let object = &object.handle.object;
+        let buffer = export(object, bytes.clone())?;
+        self.engine().counters.dmabufs_exported.fetch_add(1, Ordering::Relaxed);
+        let part = DmaBufPart { buffer, offset: bytes.start, len: bytes.end - bytes.start };
+        self.engine().note_dmabuf(object, DmaBufEvent::Exported, &part);
+        Ok(part.buffer)
+    }
+
+    /// Waits until the work that drivers know of is over, on the dma-buf of an object: all of it before a write, what writes before a read. Returns
+    /// false when `limit` has passed first, and true at once for objects over other memory.
+    ///
+    /// # Errors
+    /// [`Error::DmaBuf`], [`Error::Closed`], [`Error::Forked`].
+    pub fn wait_dmabuf(&self, object: &Userptr<D>, access: CpuAccess, limit: Duration) -> Result<bool, Error> {
+        self.engine().check()?;
+        let object = &object.handle.object;
+        let Some(Reserved { part, .. }) = &object.dmabuf else { return Ok(true) };
+        let over = part.buffer.wait(access, limit)?;
+        self.engine().note_dmabuf(object, DmaBufEvent::SyncWaited, part);
+        Ok(over)
     }
 
     /// A lease of all the objects, if all are valid now. Objects that are not begin to be acquired.
@@ -265,6 +319,8 @@ impl<D: Device> Manager<D> {
             restored: get(&counters.restored),
             restore_failures: get(&counters.restore_failures),
             injected: get(&counters.injected),
+            dmabufs_exported: get(&counters.dmabufs_exported),
+            dmabufs_imported: get(&counters.dmabufs_imported),
             space: engine.space.stats(),
         }
     }
@@ -318,6 +374,10 @@ pub struct Stats {
     pub restore_failures: u64,
     /// Invalidations by [`Manager::inject_invalidate`].
     pub injected: u64,
+    /// Dma-bufs made of objects.
+    pub dmabufs_exported: u64,
+    /// Imports of objects over dma-bufs.
+    pub dmabufs_imported: u64,
     /// What the process-wide tracking has seen.
     pub space: SpaceStats,
 }

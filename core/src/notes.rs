@@ -4,10 +4,11 @@ use std::sync::atomic::Ordering;
 
 use pinfold_invalidate::{Cause, Change};
 
+use crate::dmabuf::DmaBufPart;
 use crate::engine::Engine;
 use crate::object::Object;
 use crate::state::State;
-use crate::watch::{Label, NoteCause, NotePath, NoteState, Record, UserptrEvent, UserptrNote};
+use crate::watch::{DmaBufEvent, DmaBufNote, Label, NoteCause, NotePath, NoteState, Record, UserptrEvent, UserptrNote};
 use crate::{Access, Device, Generation, Path};
 
 /// What happened, apart from changes of the memory.
@@ -57,6 +58,25 @@ impl<D: Device> Engine<D> {
     pub(crate) fn present(&self, object: &Object<D>) -> Record {
         let path = object.slot().pin.as_ref().map_or(NotePath::None, |pin| path_code(pin.path));
         UserptrNote { event: UserptrEvent::Present, path, ..describe(object) }.record()
+    }
+
+    /// Posts what happened to the dma-buf that an object's memory is, or has become.
+    pub(crate) fn note_dmabuf(&self, object: &Object<D>, event: DmaBufEvent, part: &DmaBufPart) {
+        if !self.notes.is_watched() {
+            return;
+        }
+        let note = DmaBufNote {
+            event,
+            object: object.id,
+            generation: object.word.read().generation.0,
+            inode: part.buffer.inode(),
+            size: part.len,
+            offset: part.offset,
+            errno: 0,
+            reads: true,
+            writes: object.access == Access::ReadWrite,
+        };
+        self.notes.post(object.id, &note.record());
     }
 
     /// Posts that an object's memory has changed hands, which ended the generation `ended`. For the monitor.
@@ -128,6 +148,7 @@ fn path_code(path: Path) -> NotePath {
     match path {
         Path::Import => NotePath::Import,
         Path::AliasImport => NotePath::AliasImport,
+        Path::DmaBuf => NotePath::DmaBuf,
         Path::Mirror(_) => NotePath::Mirror,
     }
 }

@@ -9,12 +9,14 @@ use pinfold_invalidate::sync::Futex;
 use pinfold_invalidate::{Cause, Change, Coverage, HostRange, Shards, Target};
 
 use crate::discard::Discarded;
+use crate::dmabuf::Reserved;
 use crate::engine::Engine;
 use crate::notes::What;
 use crate::reaper::Dead;
 use crate::restore::Hot;
 use crate::room::Charge;
 use crate::state::{Snapshot, State, Step, Word};
+use crate::watch::DmaBufEvent;
 use crate::{Access, Device, Error, Generation, Path, Policy, Use};
 
 /// A range with a state. Held by its handles (through [`Handle`]) and, until it is closed, by the address space's index.
@@ -23,8 +25,10 @@ pub(crate) struct Object<D: Device> {
     pub(crate) range: HostRange,
     pub(crate) access: Access,
     pub(crate) label: Box<str>,
-    /// The caller has promised to tell us of every mutation.
-    pub(crate) unwatched: bool,
+    /// The caller has promised to tell us of every mutation. Cleared by an export, whose receivers have promised nothing.
+    pub(crate) unwatched: AtomicBool,
+    /// The object is one over a dma-buf, and its range only a name.
+    pub(crate) dmabuf: Option<Reserved>,
     /// A [`Policy`]. Written by the handle.
     pub(crate) policy: AtomicU8,
     /// How often its pages were taken, and how many leases it has been part of: figures for the device's choice.
@@ -99,7 +103,8 @@ impl<D: Device> Object<D> {
             range,
             access,
             label,
-            unwatched: false,
+            unwatched: AtomicBool::new(false),
+            dmabuf: None,
             policy: AtomicU8::new(Policy::Auto as u8),
             imports: AtomicU64::new(0),
             leases: AtomicU64::new(0),
@@ -191,6 +196,9 @@ impl<D: Device> Object<D> {
     pub(crate) fn finish(&self) -> u64 {
         let pin = self.slot().pin.take();
         let bytes = pin.and_then(Arc::into_inner).map_or(0, Pin::release);
+        if let Some(Reserved { part, .. }) = &self.dmabuf {
+            self.engine.note_dmabuf(self, DmaBufEvent::Closed, part);
+        }
         self.engine.space.remove(self.range, self.id);
         self.engine.notes.remove_object(self.id);
         self.engine.device().unregistered(self.range);
@@ -227,7 +235,8 @@ impl<D: Device> Target for Object<D> {
     }
 
     fn group(&self) -> usize {
-        if self.unwatched || self.policy() == Policy::Mirror { 0 } else { self.engine.group() }
+        let alone = self.unwatched.load(Ordering::Relaxed) || self.dmabuf.is_some();
+        if alone || self.policy() == Policy::Mirror { 0 } else { self.engine.group() }
     }
 }
 

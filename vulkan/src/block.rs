@@ -59,6 +59,8 @@ pub(crate) struct Block {
     program: HostRange,
     /// The index of its memory type.
     kind: u32,
+    /// What it was imported from.
+    handle: vk::ExternalMemoryHandleTypeFlags,
     alias: Option<Arc<Alias>>,
     _untracked: Option<Untracked>,
     listed: Option<Listed>,
@@ -257,12 +259,31 @@ impl Block {
         // SAFETY: pointer and size are multiples of the alignment that the device asks for, inside mapped memory that passed admission; who
         // registered the range has promised that it stays mapped while the import lives or that every change of it is seen in time.
         let memory = unsafe { OwnedMemory::new(share, &info, request.label) }.map_err(refused("vkAllocateMemory"))?;
-        let block =
-            Arc::new(Self { memory, imported, program, kind, alias: alias.cloned(), _untracked: untracked, listed });
+        let block = Arc::new(Self {
+            memory,
+            imported,
+            program,
+            kind,
+            handle: EXTERNAL,
+            alias: alias.cloned(),
+            _untracked: untracked,
+            listed,
+        });
         if let Some(listed) = &block.listed {
             listed.blocks.alive().insert((program.start(), listed.id), Arc::downgrade(&block));
         }
         Ok(block)
+    }
+
+    /// Memory that was imported from a dma-buf, for the object whose range is `range`. Nobody else is put on it.
+    pub(crate) fn of_dmabuf(
+        memory: OwnedMemory,
+        kind: u32,
+        handle: vk::ExternalMemoryHandleTypeFlags,
+        range: HostRange,
+    ) -> Arc<Self> {
+        let (imported, program) = (range, range);
+        Arc::new(Self { memory, imported, program, kind, handle, alias: None, _untracked: None, listed: None })
     }
 
     pub(crate) fn memory(&self) -> vk::DeviceMemory {
@@ -276,6 +297,11 @@ impl Block {
     /// The index of its memory type.
     pub(crate) fn kind(&self) -> u32 {
         self.kind
+    }
+
+    /// What images and buffers on it must be made for.
+    pub(crate) fn handle(&self) -> vk::ExternalMemoryHandleTypeFlags {
+        self.handle
     }
 
     /// Whether a buffer with these bits can be put on it.

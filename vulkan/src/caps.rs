@@ -31,6 +31,8 @@ pub struct Capabilities {
     pub driver_info: String,
     /// Whether host memory can be imported.
     pub import: Support,
+    /// Whether dma-bufs can be imported (`VK_EXT_external_memory_dma_buf`).
+    pub dmabuf: Support,
     /// Whether the driver tells how much memory is left.
     pub memory_budget: Support,
     /// Pointers and sizes of imports are multiples of this, in bytes (`minImportedHostPointerAlignment`). 1 without import.
@@ -103,6 +105,7 @@ impl Capabilities {
             driver_name: text(driver.driver_name_as_c_str()),
             driver_info: text(driver.driver_info_as_c_str()),
             import: support(ext::external_memory_host::NAME, "VK_EXT_external_memory_host"),
+            dmabuf: support(ext::external_memory_dma_buf::NAME, "VK_EXT_external_memory_dma_buf"),
             memory_budget: support(ext::memory_budget::NAME, "VK_EXT_memory_budget"),
             import_alignment: alignment,
             chunk_size: chunk_size(

@@ -114,6 +114,8 @@ pub enum Force {
     Mirror,
     /// Every object is an import of the program's own mapping. No mirror stands in: a refusal is an error.
     Import,
+    /// Shared mappings go by way of a dma-buf made of them, private ones are imported directly. No mirror stands in: a refusal is an error.
+    DmaBuf,
     /// Shared mappings are imported through an alias, private ones (which have no alias) directly. No mirror stands in: a refusal is an
     /// error.
     Alias,
@@ -123,7 +125,7 @@ impl Force {
     /// What `PINFOLD_FORCE` says; `None` if it is unset or empty.
     ///
     /// # Errors
-    /// [`SetupError::BadForce`] for any other value than `mirror`, `import` and `alias`.
+    /// [`SetupError::BadForce`] for any other value than `mirror`, `import`, `alias` and `dmabuf`.
     pub fn from_env() -> Result<Option<Self>, SetupError> {
         env::var_os("PINFOLD_FORCE").map_or(Ok(None), |value| Self::parse(&value.to_string_lossy()))
     }
@@ -134,6 +136,7 @@ impl Force {
             "mirror" => Ok(Some(Self::Mirror)),
             "import" => Ok(Some(Self::Import)),
             "alias" => Ok(Some(Self::Alias)),
+            "dmabuf" => Ok(Some(Self::DmaBuf)),
             other => Err(SetupError::BadForce { value: other.to_owned() }),
         }
     }
@@ -148,6 +151,9 @@ mod tests {
         assert_eq!(Force::parse("alias").unwrap(), Some(Force::Alias));
         assert_eq!(Force::parse("").unwrap(), None);
         let message = Force::parse("Mirror").unwrap_err().to_string();
-        assert!(message.contains("\"Mirror\"") && message.contains("`mirror`, `import` or `alias`"), "{message}");
+        assert!(
+            message.contains("\"Mirror\"") && message.contains("`mirror`, `import`, `alias` or `dmabuf`"),
+            "{message}"
+        );
     }
 }

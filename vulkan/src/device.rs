@@ -4,11 +4,12 @@ use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::sync::mpsc::{self, Receiver};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use ash::vk;
+use pinfold_core::dmabuf::DmaBufPart;
 use pinfold_core::{Access, Device, DeviceError, MirrorReason, Path, Policy, Preparation, Request, Ticket};
 use pinfold_invalidate::{HostRange, Space, mappings, page_size};
 
@@ -30,7 +31,7 @@ use crate::{Capabilities, Config, DeviceContext, Force, SetupError, Support};
 pub struct VulkanDevice {
     // Dropped first: its threads use the device.
     completion: Completion,
-    gpu: Arc<Gpu>,
+    pub(crate) gpu: Arc<Gpu>,
     trials: Trials,
     aliases: Arc<AliasCache>,
     blocks: Arc<Blocks>,
@@ -38,6 +39,7 @@ pub struct VulkanDevice {
     /// Where the engine has lent a queue for it.
     uploader: Mutex<Option<Arc<Uploader>>>,
     rules: Rules,
+    pub(crate) dmabuf_trial: OnceLock<Result<(), MirrorReason>>,
     /// The answer that [`Device::wait_idle`] did not wait for to the end.
     waiting: Mutex<Option<Receiver<Result<(), vk::Result>>>>,
 }
@@ -50,6 +52,7 @@ enum Chosen {
     Import,
     /// An alias, and the part of it that shows the range.
     Alias(Arc<Alias>, HostRange),
+    DmaBuf(Run),
     Mirror(MirrorReason),
 }
 
@@ -58,6 +61,7 @@ impl fmt::Debug for Chosen {
         match self {
             Self::Import => f.write_str("Import"),
             Self::Alias(_, part) => write!(f, "Alias({part})"),
+            Self::DmaBuf(run) => write!(f, "DmaBuf({run:?})"),
             Self::Mirror(reason) => write!(f, "Mirror({reason:?})"),
         }
     }
@@ -91,6 +95,7 @@ impl VulkanDevice {
             force,
             imports: gpu.caps.import == Support::Usable,
             aliases: gpu.caps.import_alignment <= page_size() as u64,
+            dmabufs: gpu.dmabuf.is_some(),
         };
         let space = Space::get(config.deadline).map_err(pinfold_core::Error::from)?;
         let mirrors = Arc::new(MirrorHeap::new(&gpu, &space, config)?);
@@ -105,6 +110,7 @@ impl VulkanDevice {
             mirrors,
             uploader: Mutex::new(uploader),
             rules,
+            dmabuf_trial: OnceLock::new(),
             gpu,
             waiting: Mutex::new(None),
         })
@@ -176,7 +182,7 @@ impl VulkanDevice {
             MirrorReason::Refused(raw) => vk::Result::from_raw(raw),
             _ => vk::Result::ERROR_EXTENSION_NOT_PRESENT,
         };
-        let forced = matches!(self.rules.force, Some(Force::Import | Force::Alias));
+        let forced = matches!(self.rules.force, Some(Force::Import | Force::Alias | Force::DmaBuf));
         if forced || (request.policy == Policy::Import && self.rules.force.is_none()) {
             return Err(self.gpu.failed(call, request.range, code));
         }
@@ -265,6 +271,21 @@ impl Device for VulkanDevice {
                 return Ok(Preparation::Ready(Prepared(chosen)));
             }
             Plan::Import => return Ok(Preparation::Ready(Prepared(Chosen::Import))),
+            Plan::DmaBuf(run) => {
+                let forced = self.rules.force == Some(Force::DmaBuf);
+                let chosen = match self.dmabuf_trial() {
+                    Err(_) if !forced => {
+                        // What the device said of the memory itself tells more than what stands in the way of the detour.
+                        let kinds = request.mappings.iter().map(MappingKind::of);
+                        let code = kinds.filter(|_| self.rules.imports).find_map(|kind| self.trial(kind).refusal());
+                        let reason =
+                            code.map_or(MirrorReason::Unsupported, |code| MirrorReason::Refused(code.as_raw()));
+                        self.mirrored(request, reason, "vkAllocateMemory (trial import)")?
+                    }
+                    _ => Chosen::DmaBuf(run),
+                };
+                return Ok(Preparation::Ready(Prepared(chosen)));
+            }
             Plan::Alias(run) => run,
         };
         let alias = match self.aliases.get(run) {
@@ -295,6 +316,7 @@ impl Device for VulkanDevice {
         let imported = match prepared.0 {
             Chosen::Import => self.imported(request, None),
             Chosen::Alias(alias, part) => self.imported(request, Some((&alias, part))),
+            Chosen::DmaBuf(run) => self.import_shared(request, run),
             Chosen::Mirror(reason) => return self.mirror(request, reason),
         };
         match imported {
@@ -306,6 +328,11 @@ impl Device for VulkanDevice {
                 self.mirror(request, reason)
             }
         }
+    }
+
+    fn import_dmabuf(&self, request: &Request<'_>, part: &DmaBufPart) -> Result<Import, DeviceError> {
+        self.gpu.check_alive()?;
+        self.import_registered(request, part)
     }
 
     fn refresh(&self, import: &Import, _: &Request<'_>) -> Result<(), DeviceError> {

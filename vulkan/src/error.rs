@@ -27,7 +27,7 @@ pub enum SetupError {
         needed: &'static str,
     },
     /// The environment variable `PINFOLD_FORCE` has no meaning.
-    #[error("PINFOLD_FORCE is {value:?}; it is `mirror`, `import` or `alias`, or unset")]
+    #[error("PINFOLD_FORCE is {value:?}; it is `mirror`, `import`, `alias` or `dmabuf`, or unset")]
     BadForce {
         /// What it is.
         value: String,

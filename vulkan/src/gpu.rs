@@ -26,6 +26,8 @@ pub(crate) struct Gpu {
     pub(crate) host_memory: Option<ext::external_memory_host::Device>,
     /// `None`: the device was made without timeline semaphores, and its work ends with fences.
     wait_semaphores: Option<vk::PFN_vkWaitSemaphores>,
+    pub(crate) dmabuf: Option<khr::external_memory_fd::Device>,
+    signal_semaphore: Option<vk::PFN_vkSignalSemaphore>,
     names: Option<ext::debug_utils::Device>,
     /// Set once, by whoever sees `VK_ERROR_DEVICE_LOST` first; never cleared. It orders nothing: Relaxed on both sides.
     lost: AtomicBool,
@@ -49,17 +51,26 @@ impl Gpu {
         let wait = if khr { c"vkWaitSemaphoresKHR" } else { c"vkWaitSemaphores" };
         // SAFETY: live handles (contract).
         let timelines = unsafe { present(&context, wait, "Vulkan 1.2 or VK_KHR_timeline_semaphore") }.is_ok();
-        let wait_semaphores = timelines.then(|| {
+        let timelines = timelines.then(|| {
             if khr {
-                khr::timeline_semaphore::Device::new(instance, device).fp().wait_semaphores_khr
+                let table = khr::timeline_semaphore::Device::new(instance, device);
+                (table.fp().wait_semaphores_khr, table.fp().signal_semaphore_khr)
             } else {
-                device.fp_v1_2().wait_semaphores
+                (device.fp_v1_2().wait_semaphores, device.fp_v1_2().signal_semaphore)
             }
         });
+        let (wait_semaphores, signal_semaphore) = timelines.unzip();
         let host_memory = if enabled(ext::external_memory_host::NAME) {
             // SAFETY: live handles (contract).
             unsafe { present(&context, c"vkGetMemoryHostPointerPropertiesEXT", "VK_EXT_external_memory_host") }?;
             Some(ext::external_memory_host::Device::new(instance, device))
+        } else {
+            None
+        };
+        let dmabuf = if enabled(khr::external_memory_fd::NAME) && enabled(ext::external_memory_dma_buf::NAME) {
+            // SAFETY: live handles (contract).
+            unsafe { present(&context, c"vkGetMemoryFdPropertiesKHR", "VK_KHR_external_memory_fd") }?;
+            Some(khr::external_memory_fd::Device::new(instance, device))
         } else {
             None
         };
@@ -79,7 +90,9 @@ impl Gpu {
             memory,
             allocations,
             host_memory,
+            dmabuf,
             wait_semaphores,
+            signal_semaphore,
             names,
             lost: AtomicBool::new(false),
         })
@@ -139,6 +152,18 @@ impl Gpu {
             vk::Result::TIMEOUT => Ok(false),
             code => Err(self.saw(code)),
         }
+    }
+
+    /// Signals `value` on `semaphore` from the host.
+    ///
+    /// # Safety
+    /// `semaphore` is a live timeline semaphore of this device, and `value` higher than all that are or will be signalled before.
+    pub(crate) unsafe fn signal(&self, semaphore: vk::Semaphore, value: u64) -> Result<(), vk::Result> {
+        let Some(signal) = self.signal_semaphore else { return Err(vk::Result::ERROR_FEATURE_NOT_PRESENT) };
+        let info = vk::SemaphoreSignalInfo::default().semaphore(semaphore).value(value);
+        // SAFETY: the device is live, `info` is complete, and the rest is the contract.
+        let answer = unsafe { signal(self.device().handle(), &raw const info) };
+        answer.result().map_err(|code| self.saw(code))
     }
 
     /// Bytes that the driver thinks can still be taken from a heap; `None` if it doesn't tell.

@@ -121,7 +121,7 @@ impl Image {
     pub unsafe fn needs(device: &VulkanDevice, info: &vk::ImageCreateInfo<'_>) -> Result<ImageNeeds, ImageError> {
         let gpu = device.gpu();
         // SAFETY: the contract is the same.
-        let raw = unsafe { create(gpu, info) }?;
+        let raw = unsafe { create(gpu, EXTERNAL, info) }?;
         // SAFETY: the device is live, and the image its own.
         let needs = unsafe { gpu.device().get_image_memory_requirements(raw) };
         let layout = layout(gpu, info, raw);
@@ -192,7 +192,7 @@ impl Import {
             return Err(ImageError::ReadOnly);
         }
         // SAFETY: point 1 of the contract.
-        let raw = unsafe { create(gpu, info) }?;
+        let raw = unsafe { create(gpu, block.handle(), info) }?;
         let image = Image { raw, layout: layout(gpu, info, raw), block: Arc::clone(block) };
         // SAFETY: the device is live, and the image its own.
         let needs = unsafe { gpu.device().get_image_memory_requirements(raw) };
@@ -217,17 +217,21 @@ impl Import {
 ///
 /// # Safety
 /// `info` is valid, except that the device may not have such images.
-unsafe fn create(gpu: &Gpu, info: &vk::ImageCreateInfo<'_>) -> Result<vk::Image, ImageError> {
+unsafe fn create(
+    gpu: &Gpu,
+    handle: vk::ExternalMemoryHandleTypeFlags,
+    info: &vk::ImageCreateInfo<'_>,
+) -> Result<vk::Image, ImageError> {
     if info.initial_layout != vk::ImageLayout::UNDEFINED {
         return Err(ImageError::Layout(info.initial_layout));
     }
-    supported(gpu, info).map_err(|code| ImageError::Unsupported {
+    supported(gpu, handle, info).map_err(|code| ImageError::Unsupported {
         format: info.format,
         tiling: info.tiling,
         usage: info.usage,
         code: gpu.saw(code),
     })?;
-    let mut external = vk::ExternalMemoryImageCreateInfo::default().handle_types(EXTERNAL);
+    let mut external = vk::ExternalMemoryImageCreateInfo::default().handle_types(handle);
     let info = (*info).push_next(&mut external);
     // SAFETY: the device is live, and `info` valid (contract).
     let raw = unsafe { gpu.device().create_image(&info, None) };
@@ -236,7 +240,11 @@ unsafe fn create(gpu: &Gpu, info: &vk::ImageCreateInfo<'_>) -> Result<vk::Image,
 
 /// Whether the device has images of this kind. It is asked for external ones first; a driver that says no to those and has them all the same is
 /// in use, so then the answer for ordinary ones counts, and after that the bind.
-fn supported(gpu: &Gpu, info: &vk::ImageCreateInfo<'_>) -> Result<(), vk::Result> {
+fn supported(
+    gpu: &Gpu,
+    handle: vk::ExternalMemoryHandleTypeFlags,
+    info: &vk::ImageCreateInfo<'_>,
+) -> Result<(), vk::Result> {
     let (instance, physical) = (&gpu.context.instance, gpu.context.physical);
     let plain = vk::PhysicalDeviceImageFormatInfo2::default()
         .format(info.format)
@@ -257,7 +265,7 @@ fn supported(gpu: &Gpu, info: &vk::ImageCreateInfo<'_>) -> Result<(), vk::Result
     };
     // The chained answer must be there exactly if the chained question is: one driver in use writes to it unseen, another reads the question
     // wherever it sees the answer.
-    let mut question = vk::PhysicalDeviceExternalImageFormatInfo::default().handle_type(EXTERNAL);
+    let mut question = vk::PhysicalDeviceExternalImageFormatInfo::default().handle_type(handle);
     let mut chained = vk::ExternalImageFormatProperties::default();
     let mut answer = vk::ImageFormatProperties2::default().push_next(&mut chained);
     ask(&plain.push_next(&mut question), &mut answer)

@@ -116,6 +116,13 @@ pub(crate) struct ImportPiece {
     pub(crate) writable: bool,
 }
 
+impl ImportPiece {
+    /// A buffer that is bound to this block of a dma-buf, at `start`.
+    pub(crate) fn of_dmabuf(buffer: OwnedBuffer, block: Arc<Block>, start: u64, size: u64, writable: bool) -> Self {
+        Self { buffer, block, start, size, writable }
+    }
+}
+
 /// Why a range wasn't imported.
 #[derive(Debug)]
 pub(crate) enum NotImported {
@@ -160,14 +167,22 @@ const WRITING: vk::BufferUsageFlags = vk::BufferUsageFlags::from_raw(
 /// The usages of buffers over mappings with these protections. A CPU driver that writes to a read-only mapping kills the process, hence the
 /// split.
 pub(crate) fn usage(gpu: &Gpu, protections: impl IntoIterator<Item = Protection>) -> vk::BufferUsageFlags {
-    let mut usage = READING;
-    if protections.into_iter().all(|protection| protection.write) {
-        usage |= WRITING;
-    }
-    if gpu.context.buffer_device_address {
-        usage |= vk::BufferUsageFlags::SHADER_DEVICE_ADDRESS;
-    }
-    usage
+    if protections.into_iter().all(|protection| protection.write) { all_usages(gpu) } else { read_usages(gpu) }
+}
+
+/// The usages of buffers over memory that may be written.
+pub(crate) fn all_usages(gpu: &Gpu) -> vk::BufferUsageFlags {
+    read_usages(gpu) | WRITING
+}
+
+/// The usages of buffers over memory that may only be read.
+pub(crate) fn read_usages(gpu: &Gpu) -> vk::BufferUsageFlags {
+    let address = if gpu.context.buffer_device_address {
+        vk::BufferUsageFlags::SHADER_DEVICE_ADDRESS
+    } else {
+        vk::BufferUsageFlags::empty()
+    };
+    READING | address
 }
 
 /// Imports the request's pages, through its own mapping or through `alias` (and the part of it that shows the request's pages). With `blocks`,

@@ -42,12 +42,13 @@
 //! | --- | --- | --- |
 //! | private: anonymous, `[heap]`, a private file mapping | [`Path::Import`] of the program's mapping | held off; after the deadline, a CPU driver crashes the process |
 //! | shared: memfd, `/dev/shm`, a shared file mapping | [`Path::AliasImport`] through a second mapping of ours | held off; after the deadline, the device goes on with the same pages |
+//! | shared memory that the device refuses as it is mapped | [`Path::DmaBuf`] through `/dev/udmabuf`, where there is one | held off; after the deadline, the device goes on with the same pages |
 //! | the device refuses that kind of memory, or this range | [`Path::Mirror`] | the device has a copy |
 //! | without permission (`PROT_NONE`), device memory, a hole | an error | |
 //!
 //! A range over private and shared memory, or over parts of several files, is imported as it is. What a device refuses is found out by trial,
-//! once for each [`MappingKind`] ([`VulkanDevice::trials`] is the table). For people who debug, `PINFOLD_FORCE=mirror`, `import` or `alias` in the
-//! environment takes one way for everything ([`Force`]).
+//! once for each [`MappingKind`] ([`VulkanDevice::trials`] is the table). For people who debug, `PINFOLD_FORCE=mirror`, `import`, `alias` or `dmabuf` in the
+//! environment takes one way for everything ([`Force`]). Memory of other processes comes in as a dma-buf: [`dmabuf`].
 
 // Driver tests inside and outside the crate share one fixture, which names the crate from outside.
 #[cfg(test)]
@@ -73,6 +74,7 @@ mod completion;
 mod config;
 mod copy;
 mod device;
+pub mod dmabuf;
 mod error;
 mod gpu;
 mod image;

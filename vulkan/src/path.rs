@@ -149,6 +149,8 @@ impl Run {
 pub(crate) enum Plan {
     Import,
     Alias(Run),
+    /// By way of a dma-buf made of this part of a memory file.
+    DmaBuf(Run),
     Mirror(MirrorReason),
 }
 
@@ -159,6 +161,8 @@ pub(crate) struct Rules {
     pub(crate) imports: bool,
     /// An alias, which can start at any page, can be imported: imports need no coarser alignment than a page.
     pub(crate) aliases: bool,
+    /// Dma-bufs can be imported, as far as the device's extensions say.
+    pub(crate) dmabufs: bool,
 }
 
 /// Whether an object has been taken often enough to judge by.
@@ -180,21 +184,30 @@ pub(crate) fn is_mirror_cheaper(used: Use, import_ns: u64, copy_ns: u64) -> bool
 ///
 /// A range that isn't one run of one file (shared and private memory mixed, two files side by side) is imported as the program mapped it:
 /// an alias of a part would protect that part only.
+///
+/// Where the device refuses shared memory as it is mapped (devices that mirror the page tables take anonymous memory only), a dma-buf of it is tried.
 pub(crate) fn decide(
     rules: &Rules,
     policy: Policy,
     mappings: &[Mapping],
     trial: impl Fn(MappingKind) -> TrialResult,
 ) -> Plan {
+    let shared = || mappings.iter().all(|mapping| MappingKind::of(mapping).source == Source::SharedMemfd);
+    let run = || Run::of(mappings).filter(|_| rules.dmabufs && shared());
     match rules.force {
+        Some(Force::DmaBuf) if run().is_some() => return run().map_or(Plan::Import, Plan::DmaBuf),
         Some(Force::Mirror) => return Plan::Mirror(MirrorReason::Forced),
         None if policy == Policy::Mirror => return Plan::Mirror(MirrorReason::Asked),
+        None if !rules.imports && run().is_some() => return run().map_or(Plan::Import, Plan::DmaBuf),
         _ if !rules.imports => return Plan::Mirror(MirrorReason::Unsupported),
-        Some(Force::Import) => return Plan::Import,
+        Some(Force::Import | Force::DmaBuf) => return Plan::Import,
         Some(Force::Alias) => {}
         None => {
             let refused = mappings.iter().find_map(|mapping| trial(MappingKind::of(mapping)).refusal());
             if let Some(code) = refused {
+                if let Some(run) = run() {
+                    return Plan::DmaBuf(run);
+                }
                 return Plan::Mirror(MirrorReason::Refused(code.as_raw()));
             }
         }
@@ -213,7 +226,7 @@ mod tests {
 
     use super::*;
 
-    const RULES: Rules = Rules { force: None, imports: true, aliases: true };
+    const RULES: Rules = Rules { force: None, imports: true, aliases: true, dmabufs: false };
 
     /// A mapping of page `page`, which is page `file_page` of file `inode` if the memory has one.
     fn mapping(page: usize, source: Source, writable: bool, inode: u64, file_page: u64) -> Mapping {
@@ -313,7 +326,29 @@ mod tests {
         assert_eq!(forced(Force::Import, &shared), Plan::Import);
         assert!(matches!(forced(Force::Alias, &shared), Plan::Alias(_)));
         assert_eq!(forced(Force::Alias, &private), Plan::Import);
-        let none = Rules { force: Some(Force::Import), imports: false, aliases: false };
+        let none = Rules { force: Some(Force::Import), imports: false, aliases: false, dmabufs: true };
         assert_eq!(decide(&none, Policy::Auto, &shared, refuse), Plan::Mirror(MirrorReason::Unsupported));
+    }
+
+    #[test]
+    fn shared_memory_that_is_refused_goes_by_way_of_a_dma_buf_and_other_memory_does_not() {
+        let rules = Rules { dmabufs: true, ..RULES };
+        let refuse = |_| TrialResult::Refused(vk::Result::ERROR_UNKNOWN);
+        let shared = [mapping(1, Source::SharedMemfd, true, 7, 3), mapping(2, Source::SharedMemfd, true, 7, 4)];
+        let Plan::DmaBuf(run) = decide(&rules, Policy::Auto, &shared, refuse) else { panic!("no dma-buf") };
+        assert_eq!((run.offset, run.len), (3 * page_size() as u64, 2 * page_size()));
+        let mirrored = Plan::Mirror(MirrorReason::Refused(vk::Result::ERROR_UNKNOWN.as_raw()));
+        for source in [Source::Anonymous, Source::PrivateMemfd, Source::PrivateFile, Source::SharedFile] {
+            assert_eq!(decide(&rules, Policy::Auto, &[mapping(1, source, true, 7, 0)], refuse), mirrored, "{source:?}");
+        }
+        let two_files = [mapping(1, Source::SharedMemfd, true, 7, 0), mapping(2, Source::SharedMemfd, true, 8, 1)];
+        assert_eq!(decide(&rules, Policy::Auto, &two_files, refuse), mirrored);
+        assert_eq!(decide(&RULES, Policy::Auto, &shared, refuse), mirrored, "a device without the extension");
+        assert!(matches!(plan(&rules, &shared), Plan::Alias(_)), "what can be imported is");
+        let none = Rules { imports: false, ..rules };
+        assert!(
+            matches!(decide(&none, Policy::Auto, &shared, refuse), Plan::DmaBuf(_)),
+            "a device without imports of host memory"
+        );
     }
 }

@@ -331,7 +331,7 @@ fn the_environment_forces_a_path_or_is_told_what_it_can_say() {
     if fixture::choose_driver().is_none() {
         return;
     }
-    let bad = "<PINFOLD_FORCE is \"mirrors\"; it is `mirror`, `import` or `alias`, or unset>";
+    let bad = "<PINFOLD_FORCE is \"mirrors\"; it is `mirror`, `import`, `alias` or `dmabuf`, or unset>";
     for (value, answer) in [("mirror", "<Some(Mirror)>"), ("", "<Some(Import)>"), ("mirrors", bad)] {
         let this = std::env::current_exe().unwrap();
         let child = Command::new(this)

@@ -86,6 +86,9 @@ pub enum DmaBufError {
     /// Somebody's fence was not signalled in time. `ETIMEDOUT`.
     #[error("the buffer was still in use after {0:?}; wait longer, or ask who uses it")]
     Busy(Duration),
+    /// The object's memory can't be watched, so its dma-buf could go stale without anybody knowing. `EPERM`.
+    #[error("the object can't be tracked ({0}), and what isn't tracked isn't exported; use a HostBuffer, which can be")]
+    Untracked(&'static str),
     /// The object's memory has no file to export. `EINVAL`.
     #[error("the memory can't be exported: {0}; use a HostBuffer of kind Exportable")]
     NotExportable(&'static str),
@@ -113,6 +116,7 @@ impl DmaBufError {
             Self::Denied { .. } => libc::EACCES,
             Self::Budget { .. } => libc::ENOMEM,
             Self::Busy(_) => libc::ETIMEDOUT,
+            Self::Untracked(_) => libc::EPERM,
             Self::Seal { .. }
             | Self::Part { .. }
             | Self::UdmabufLimit { .. }

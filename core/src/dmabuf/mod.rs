@@ -8,20 +8,22 @@
 //!
 //! **Protocol.** Out: [`HostBuffer::export_dmabuf`](crate::HostBuffer::export_dmabuf) and [`Udmabuf`] make one of pages that exist, a
 //! [`Heap`] makes one of new pages. Over: [`send`] and [`receive`]. In: [`DmaBuf::from_fd`], then
-//! [`DmaBuf::map`] for the processor.
+//! [`Manager::register_dmabuf`](crate::Manager::register_dmabuf) for the device and [`DmaBuf::map`] for the processor.
 //!
 //! # What belongs to whom
 //!
 //! The pages of an exported buffer belong to the memory file *and* to the dma-buf: it holds its own reference to each page that was in the file at
 //! the time of the export. Unmapping the program's memory, or its exit, takes nothing from the dma-buf. Punching a hole into the file, though
 //! (`MADV_REMOVE`, `fallocate`), leaves the dma-buf with the old pages while the file gets new ones: from then on they show different bytes.
-//! Whoever shares a file with holes has to export it anew.
+//! So for an object that reaches its device by a dma-buf an event means: *take the pages again*, by a new export; an unmapping is as
+//! harmless as one of an [alias](crate::Path::AliasImport), and a hole is held off and invalidates like everywhere else.
 
 mod error;
 mod export;
 mod hand_over;
 mod heap;
 mod map;
+mod object;
 mod sync;
 mod sys;
 
@@ -41,6 +43,8 @@ pub use export::{MemoryPart, Udmabuf, memory_file_of};
 pub use hand_over::{HandOverError, Layout, MESSAGE_LEN, Offered, receive, send};
 pub use heap::{Heap, HeapBudget};
 pub use map::{CpuAccess, CpuGuard, DmaBufMap};
+pub use object::DmaBufPart;
+pub(crate) use object::{Reserved, export};
 pub use sync::SyncFile;
 
 /// The kernel refuses names of this length or longer (`DMA_BUF_NAME_LEN`, with the zero byte).

@@ -90,7 +90,7 @@
 //! | | 24..32, 32..40 | waited, ran, in nanoseconds |
 //! | | 40..44, 44..48, 48..52 | workers, workers running, work pending |
 //! | | 52..56 | errno (signed), 0 if none |
-//! | DMABUF, type 66 | | 0 exported, 1 imported, 2 sync start, 3 sync end, 4 closed, 5 present |
+//! | DMABUF, type 66 | | 0 exported, 1 imported, 2 sync start, 3 sync end, 4 closed, 5 present, 6 sync waited |
 //! | | flags | bit 18 writes, bit 19 reads |
 //! | | 8..16, 16..24 | object id, generation |
 //! | | 24..32 | inode of the dma-buf |

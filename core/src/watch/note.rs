@@ -424,11 +424,20 @@ pub enum DmaBufEvent {
     Closed,
     /// Nothing happened: this is how it stands.
     Present,
+    /// Somebody has waited for the work that drivers know of; `errno` says whether in vain.
+    SyncWaited,
 }
 
 impl Code for DmaBufEvent {
-    const ALL: &'static [Self] =
-        &[Self::Exported, Self::Imported, Self::SyncStart, Self::SyncEnd, Self::Closed, Self::Present];
+    const ALL: &'static [Self] = &[
+        Self::Exported,
+        Self::Imported,
+        Self::SyncStart,
+        Self::SyncEnd,
+        Self::Closed,
+        Self::Present,
+        Self::SyncWaited,
+    ];
 }
 
 /// A record of type [`TYPE_DMABUF`].
