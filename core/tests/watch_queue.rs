@@ -135,7 +135,7 @@ fn a_label_is_cut_after_a_whole_character() {
 #[test]
 fn codes_without_a_meaning_decode_as_unknown() {
     let sound = UserptrNote::default().record();
-    for (at, code) in [(40, 8), (41, 8), (42, 5)] {
+    for (at, code) in [(40, 9), (41, 8), (42, 5)] {
         let mut payload = sound.payload().to_vec();
         payload[at] = code;
         let record = Record::new(TYPE_USERPTR, 0, 0, &payload).expect("a short record");

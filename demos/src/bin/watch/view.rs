@@ -24,7 +24,7 @@ pub(crate) const STATES: [NoteState; 8] = [
 ];
 pub(crate) const PATHS: [NotePath; 5] =
     [NotePath::None, NotePath::Import, NotePath::AliasImport, NotePath::DmaBuf, NotePath::Mirror];
-pub(crate) const CAUSES: [NoteCause; 7] = [
+pub(crate) const CAUSES: [NoteCause; 8] = [
     NoteCause::Unmap,
     NoteCause::Remap,
     NoteCause::Remove,
@@ -32,6 +32,7 @@ pub(crate) const CAUSES: [NoteCause; 7] = [
     NoteCause::Manual,
     NoteCause::Injected,
     NoteCause::Fork,
+    NoteCause::Evicted,
 ];
 
 pub(crate) fn draw(model: &Model, frame: &mut Frame<'_>) {
