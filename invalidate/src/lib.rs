@@ -49,6 +49,7 @@ mod fault;
 mod fault_tests;
 mod fork;
 mod gate;
+mod hull;
 pub mod index;
 mod ledger;
 mod maps;
@@ -59,6 +60,7 @@ mod range;
 mod resync;
 mod room;
 mod settle;
+mod shards;
 mod space;
 mod span;
 pub mod sync;
@@ -75,7 +77,8 @@ pub use index::{Entry, Index};
 pub use maps::{Backing, FileId, Mapping, MapsError, Protection, mapped_from, mapping_at, mappings};
 pub use pagemap::{any_present, still_watched};
 pub use range::{HostRange, MAX_PAGES, RangeError, USER_SPACE_END, page_size};
-pub use space::{Cause, Change, DEFAULT_DEADLINE, MAX_DEADLINE, SHARDS, Shards, Space, SpaceError, SpaceStats, Target};
+pub use shards::{SHARDS, Shards};
+pub use space::{Cause, Change, DEFAULT_DEADLINE, MAX_DEADLINE, Space, SpaceError, SpaceStats, Target};
 pub use watch::{Coverage, ManualReason, NoHoldReason, WatchError, WatchSpan, Watched};
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]

@@ -92,16 +92,22 @@ impl Shared {
         self.closed.store(shards.0.into(), Ordering::Relaxed);
     }
 
-    /// Which shards have something to read. `None`: only a kick, or nothing within `timeout`.
-    pub(crate) fn readable(&self, timeout: EpollTimeout) -> Shards {
+    /// What there is to do; nothing, if `timeout` has passed or a signal came.
+    pub(crate) fn ready(&self, timeout: EpollTimeout) -> Ready {
         let mut events = [EpollEvent::empty(); SHARDS + 1];
         let timeout = i32::from(timeout);
         let room = i32::try_from(events.len()).expect("seventeen fits");
         let epoll: RawFd = self.epoll.load(Ordering::Relaxed);
         // SAFETY: `EpollEvent` is a transparent `epoll_event`; the array is writable and `room` long; the descriptor is our epoll or −1.
         let count = unsafe { libc::epoll_wait(epoll, events.as_mut_ptr().cast(), room, timeout) };
-        let seen = events.iter().take(usize::try_from(count).unwrap_or(0)).map(EpollEvent::data);
-        seen.filter(|&number| number != KICK).fold(Shards::NONE, |all, number| all.union(Shards::one(number as usize)))
+        let mut ready = Ready { readable: Shards::NONE, kicked: false };
+        for event in events.iter().take(usize::try_from(count).unwrap_or(0)) {
+            match event.data() {
+                KICK => ready.kicked = true,
+                shard => ready.readable = ready.readable.union(Shards::one(shard as usize)),
+            }
+        }
+        ready
     }
 
     /// Async-signal-safe.
@@ -111,21 +117,46 @@ impl Shared {
     }
 }
 
+/// What the monitor has been woken for.
+pub(crate) struct Ready {
+    /// Shards in which a mutator waits.
+    pub(crate) readable: Shards,
+    kicked: bool,
+}
+
+/// The settle thread is woken when nothing has happened for so long, in milliseconds: a thread that is woken at once is one more before the
+/// mutator, where they share a processor, and mutations come in bursts.
+const QUIET: u8 = 1;
+/// Or after so many rounds.
+const BURST: u32 = 64;
+
 pub(crate) fn run(inner: &Arc<Inner>) {
     crate::index::warm_up_thread();
     // SAFETY: has no preconditions.
     inner.monitor.thread.store(unsafe { libc::gettid() }, Ordering::Relaxed);
     let mut messages = [Message::default(); 64];
+    let mut unsettled = 0;
     while !inner.stop.load(Ordering::SeqCst) {
         inner.watchdog.enter(Phase::Idle);
-        let readable = inner.monitor.readable(EpollTimeout::NONE);
+        let timeout = if unsettled > 0 { EpollTimeout::from(QUIET) } else { EpollTimeout::NONE };
+        let ready = inner.monitor.ready(timeout);
         inner.watchdog.enter(Phase::Working);
         inner.monitor.beat.fetch_add(1, Ordering::Relaxed);
-        inner.monitor.unkick();
         let _mark = EventPath::enter();
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| round(inner, readable, &mut messages))) {
-            std::mem::forget(panic); // frees nothing here
-            recover(inner);
+        if ready.kicked {
+            inner.monitor.unkick();
+        }
+        let is_nothing = ready.readable.is_empty() && !ready.kicked;
+        if !is_nothing {
+            unsettled += 1;
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| round(inner, ready.readable, &mut messages))) {
+                std::mem::forget(panic); // frees nothing here
+                recover(inner);
+            }
+        }
+        if unsettled >= BURST || is_nothing && unsettled > 0 {
+            unsettled = 0;
+            inner.settle_turn.bump();
         }
     }
 }
@@ -193,7 +224,6 @@ fn round(inner: &Inner, readable: Shards, messages: &mut [Message]) {
             shard.gate.open();
         }
     }
-    inner.settle_turn.bump();
 }
 
 /// Waits until nothing is under way in the shard. False: the deadline has passed, and what is left counts as late.

@@ -12,7 +12,7 @@
 
 use std::any::Any;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -23,15 +23,15 @@ use thiserror::Error;
 use crate::fault::{self, Call};
 use crate::fork::{self, ForkMark};
 use crate::gate::Gate;
+use crate::hull::Hull;
 use crate::index::Index;
 use crate::ledger::Ledger;
 use crate::maps::{MapsError, mapping_at};
+pub(crate) use crate::shards::{SHARDS, Shards};
 use crate::sync::Futex;
 use crate::uffd::{Event, Uffd, feature};
 use crate::{HostRange, bracket, monitor, settle, watchdog};
 
-/// How many shards there are. The last one is for ranges without hold-off.
-pub const SHARDS: usize = 16;
 /// The shard whose events are read first and told afterwards.
 pub(crate) const NO_HOLD: usize = SHARDS - 1;
 /// Watched memory that nobody watched before goes to a shard by blocks of this many bytes, so that neighbours share mappings.
@@ -44,53 +44,6 @@ pub const MAX_DEADLINE: Duration = Duration::from_secs(10);
 const MONITOR: &str = "pinfold-monitor";
 /// Objects that wait for [`Target::settled`], and events that wait for the ledger. When full, the slow way is taken, which forgets nothing.
 const QUEUE: usize = 8192;
-
-/// A set of shards.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
-pub struct Shards(pub u16);
-
-impl Shards {
-    /// No shard.
-    pub const NONE: Self = Self(0);
-    /// Every shard.
-    pub const ALL: Self = Self(u16::MAX);
-
-    /// The set of one shard.
-    #[must_use]
-    pub fn one(shard: usize) -> Self {
-        debug_assert!(shard < SHARDS, "shards are numbered below SHARDS");
-        Self(1 << shard)
-    }
-
-    /// Both sets.
-    #[must_use]
-    pub fn union(self, other: Self) -> Self {
-        Self(self.0 | other.0)
-    }
-
-    /// Whether every shard of `other` is in this set too.
-    #[must_use]
-    pub fn covers(self, other: Self) -> bool {
-        other.0 & !self.0 == 0
-    }
-
-    /// Whether no shard is in the set.
-    #[must_use]
-    pub fn is_empty(self) -> bool {
-        self.0 == 0
-    }
-
-    /// Whether `shard` is in the set.
-    #[must_use]
-    pub fn has(self, shard: usize) -> bool {
-        self.0 & (1 << shard) != 0
-    }
-
-    /// The shards of the set in ascending order, which is the order in which gates are entered.
-    pub fn iter(self) -> impl Iterator<Item = usize> + Clone {
-        (0..SHARDS).filter(move |&shard| self.has(shard))
-    }
-}
 
 /// Why memory changed hands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -226,36 +179,6 @@ impl Shard {
     /// Counts a discard that has been read and not yet been told.
     pub(crate) fn removed(&self) {
         self.removes.fetch_add(1, Ordering::Release);
-    }
-}
-
-/// The bounds of what was left to do, where the list of it was full.
-pub(crate) struct Hull {
-    start: AtomicUsize,
-    end: AtomicUsize,
-    any: AtomicBool,
-}
-
-impl Hull {
-    const fn new() -> Self {
-        Self { start: AtomicUsize::new(usize::MAX), end: AtomicUsize::new(0), any: AtomicBool::new(false) }
-    }
-
-    pub(crate) fn add(&self, range: HostRange) {
-        self.start.fetch_min(range.start(), Ordering::Relaxed);
-        self.end.fetch_max(range.end(), Ordering::Relaxed);
-        // Release: pairs with the Acquire in `take`.
-        self.any.store(true, Ordering::Release);
-    }
-
-    /// The bounds since the last call. Those of a range that is being added meanwhile are in this answer or in the next, or half in each: then
-    /// the next has bounds that fit nothing, which stand for everything.
-    pub(crate) fn take(&self) -> Option<HostRange> {
-        if !self.any.swap(false, Ordering::Acquire) {
-            return None;
-        }
-        let bounds = (self.start.swap(usize::MAX, Ordering::Relaxed), self.end.swap(0, Ordering::Relaxed));
-        Some(if bounds.0 < bounds.1 { HostRange::from_known(bounds.0, bounds.1) } else { HostRange::everything() })
     }
 }
 

@@ -88,7 +88,7 @@ pub(crate) fn run(inner: &Arc<Inner>) {
             return;
         }
         let beat = inner.monitor.beat.load(Ordering::Relaxed);
-        let waiting = inner.monitor.readable(EpollTimeout::ZERO);
+        let waiting = inner.monitor.ready(EpollTimeout::ZERO).readable;
         let seen = (beat, inner.watchdog.is_working(), !waiting.is_empty());
         let suspicious = seen.1 || seen.2;
         if suspicious && last == Some(seen) {

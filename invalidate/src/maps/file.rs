@@ -65,7 +65,7 @@ pub fn mapped_from(file: FileId, offsets: &Range<u64>) -> Result<Vec<HostRange>,
 /// The pages of a mapping that show any of the bytes.
 fn part(raw: &Raw, offsets: &Range<u64>) -> Option<HostRange> {
     if offsets.is_empty() {
-        return None;
+        return None; // rounded out, no bytes would be a page
     }
     let page = page_size() as u64;
     let len = (raw.end - raw.start) as u64;
