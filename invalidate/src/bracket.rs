@@ -117,7 +117,7 @@ impl Drop for Closed<'_> {
         for shard in &self.0.shards {
             shard.gate.open();
         }
-        self.0.settle_turn.bump();
+        self.0.owes.settling();
         INSIDE.set(false);
     }
 }

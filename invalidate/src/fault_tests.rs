@@ -35,21 +35,23 @@ fn space() -> Result<Space, SpaceError> {
     Space::start(1_000_000_000)
 }
 
-/// Four pages: two, one that may not be written, one.
+/// Four pages: two, one that may not be written, one. Between two that may not be touched, so that no other test's memory joins them.
 struct Memory(HostRange);
 
 impl Memory {
     fn new() -> Self {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-        let len = 4 * page_size();
         // SAFETY: a new mapping anywhere; nothing is replaced.
-        let at = unsafe { libc::mmap(ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+        let at = unsafe { libc::mmap(ptr::null_mut(), 6 * page_size(), libc::PROT_NONE, flags, -1, 0) };
         assert_ne!(at, libc::MAP_FAILED);
-        // SAFETY: within the mapping just made.
-        let third = unsafe { at.byte_add(2 * page_size()) };
-        // SAFETY: a page of it, which no reference points into.
-        assert_eq!(unsafe { libc::mprotect(third, page_size(), libc::PROT_READ) }, 0);
-        Self(HostRange::from_ptr(at, len).unwrap())
+        let memory = Self(HostRange::new(at.expose_provenance() + page_size(), 4 * page_size()).unwrap());
+        let write = libc::PROT_READ | libc::PROT_WRITE;
+        for (page, protection) in [write, write, libc::PROT_READ, write].into_iter().enumerate() {
+            let at = ptr::with_exposed_provenance_mut(memory.page(page).start());
+            // SAFETY: a page of the mapping just made, which no reference points into.
+            assert_eq!(unsafe { libc::mprotect(at, page_size(), protection) }, 0);
+        }
+        memory
     }
 
     fn page(&self, at: usize) -> HostRange {

@@ -124,40 +124,25 @@ pub(crate) struct Ready {
     kicked: bool,
 }
 
-/// The settle thread is woken when nothing has happened for so long, in milliseconds: a thread that is woken at once is one more before the
-/// mutator, where they share a processor, and mutations come in bursts.
-const QUIET: u8 = 1;
-/// Or after so many rounds.
-const BURST: u32 = 64;
-
 pub(crate) fn run(inner: &Arc<Inner>) {
     crate::index::warm_up_thread();
     // SAFETY: has no preconditions.
     inner.monitor.thread.store(unsafe { libc::gettid() }, Ordering::Relaxed);
     let mut messages = [Message::default(); 64];
-    let mut unsettled = 0;
     while !inner.stop.load(Ordering::SeqCst) {
         inner.watchdog.enter(Phase::Idle);
-        let timeout = if unsettled > 0 { EpollTimeout::from(QUIET) } else { EpollTimeout::NONE };
-        let ready = inner.monitor.ready(timeout);
+        let ready = inner.monitor.ready(EpollTimeout::NONE);
         inner.watchdog.enter(Phase::Working);
         inner.monitor.beat.fetch_add(1, Ordering::Relaxed);
         let _mark = EventPath::enter();
         if ready.kicked {
             inner.monitor.unkick();
         }
-        let is_nothing = ready.readable.is_empty() && !ready.kicked;
-        if !is_nothing {
-            unsettled += 1;
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| round(inner, ready.readable, &mut messages))) {
-                std::mem::forget(panic); // frees nothing here
-                recover(inner);
-            }
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| round(inner, ready.readable, &mut messages))) {
+            std::mem::forget(panic); // frees nothing here
+            recover(inner);
         }
-        if unsettled >= BURST || is_nothing && unsettled > 0 {
-            unsettled = 0;
-            inner.settle_turn.bump();
-        }
+        inner.owes.settling();
     }
 }
 
@@ -177,7 +162,7 @@ pub(crate) fn recover(inner: &Inner) {
     let closed = Shards(inner.monitor.closed.swap(0, Ordering::Relaxed) as u16);
     closed.iter().for_each(|shard| inner.shards[shard].gate.open());
     inner.counters.recoveries.fetch_add(1, Ordering::Relaxed);
-    inner.settle_turn.bump();
+    inner.owes.settling();
 }
 
 fn round(inner: &Inner, readable: Shards, messages: &mut [Message]) {

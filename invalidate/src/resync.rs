@@ -87,13 +87,17 @@ mod tests {
         }
     }
 
+    /// Between two pages that may not be touched, so that no other test's memory becomes one mapping with it.
     fn map(pages: usize) -> HostRange {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         let len = pages * page_size();
         // SAFETY: a new mapping anywhere; nothing is replaced.
-        let at = unsafe { libc::mmap(ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+        let at = unsafe { libc::mmap(ptr::null_mut(), len + 2 * page_size(), libc::PROT_NONE, flags, -1, 0) };
         assert_ne!(at, libc::MAP_FAILED);
-        HostRange::from_ptr(at, len).unwrap()
+        let range = HostRange::new(at.expose_provenance() + page_size(), len).unwrap();
+        // SAFETY: inside the mapping just made, which no reference points into.
+        assert_eq!(unsafe { libc::mprotect(pointer(range), len, libc::PROT_READ | libc::PROT_WRITE) }, 0);
+        range
     }
 
     fn pointer(range: HostRange) -> *mut libc::c_void {
@@ -156,7 +160,7 @@ mod tests {
         let end = Instant::now() + PATIENCE;
         while space.inner.ledger().unsure {
             assert!(Instant::now() < end, "nobody compares");
-            space.inner.settle_turn.bump();
+            space.inner.owes.settling();
             std::thread::yield_now();
         }
         let ledger = space.inner.ledger();

@@ -10,10 +10,11 @@
 //! between its wait and the lock passes the first two; that is why discarded pages that are seen present are taken a second time later.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::time::{Duration, Instant};
 
 use crate::space::{Inner, Shards, Space};
+use crate::sync::Futex;
 
 impl Space {
     /// Waits until no mutation of memory in these shards is in flight. Returns false when the deadline has passed first.
@@ -33,11 +34,61 @@ impl Space {
     }
 }
 
+/// What the settle thread is waiting for.
+///
+/// Waking a thread costs the one who does it more than all else in a monitor's round, and where both share the mutator's processor, the mutator
+/// too. Mutations come in bursts: so the thread, once woken, looks again each millisecond by itself, and is woken only from a longer sleep.
+#[derive(Debug)]
+pub(crate) struct Owed {
+    /// There is something to settle. Raised by whoever has told of a change.
+    any: AtomicBool,
+    /// The thread sleeps until it is woken. Written by it.
+    asleep: AtomicBool,
+    turn: Futex,
+}
+
+impl Owed {
+    pub(crate) fn new() -> Self {
+        Self { any: AtomicBool::new(false), asleep: AtomicBool::new(false), turn: Futex::new() }
+    }
+
+    /// Says that there is something to settle. Neither allocates nor blocks.
+    pub(crate) fn settling(&self) {
+        // Release: pairs with the Acquire in `run`; who sees it sees what was put into the queues.
+        self.any.store(true, Ordering::Release);
+        fence(Ordering::SeqCst); // between our store to `any` and our load of `asleep`; partner: `sleep`
+        if self.asleep.load(Ordering::Relaxed) {
+            self.wake();
+        }
+    }
+
+    /// Ends the thread's sleep in any case.
+    pub(crate) fn wake(&self) {
+        self.turn.bump();
+    }
+
+    fn sleep(&self, turn: u32) {
+        self.asleep.store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst); // between our store to `asleep` and our load of `any`; partner: `settling`
+        if !self.any.load(Ordering::Relaxed) {
+            self.turn.wait(turn, None);
+        }
+        self.asleep.store(false, Ordering::Relaxed);
+    }
+}
+
+/// How long the thread goes on looking by itself.
+const LINGER: Duration = Duration::from_millis(1);
+
 pub(crate) fn run(inner: &Arc<Inner>) {
     loop {
-        let turn = inner.settle_turn.value();
+        let turn = inner.owes.turn.value();
         if inner.stop.load(Ordering::SeqCst) {
             return;
+        }
+        if !inner.owes.any.swap(false, Ordering::Acquire) {
+            inner.owes.sleep(turn);
+            continue;
         }
         while let Some(target) = inner.settling.pop() {
             target.settled();
@@ -50,8 +101,11 @@ pub(crate) fn run(inner: &Arc<Inner>) {
         inner.let_go_of_torn(); // also takes the events in, so that their queue stays short
         if inner.forgotten.load(Ordering::Relaxed) {
             inner.resync();
+            if inner.forgotten.load(Ordering::Relaxed) {
+                inner.owes.any.store(true, Ordering::Relaxed); // too much came in between: once more
+            }
         }
         inner.index.sweep();
-        inner.settle_turn.wait(turn, None);
+        inner.owes.turn.wait(turn, Some(Instant::now() + LINGER));
     }
 }

@@ -28,7 +28,6 @@ use crate::index::Index;
 use crate::ledger::Ledger;
 use crate::maps::{MapsError, mapping_at};
 pub(crate) use crate::shards::{SHARDS, Shards};
-use crate::sync::Futex;
 use crate::uffd::{Event, Uffd, feature};
 use crate::{HostRange, bracket, monitor, settle, watchdog};
 
@@ -199,7 +198,7 @@ pub(crate) struct Inner {
     pub(crate) forgotten: AtomicBool,
     /// Some targets found the queue of those to be settled full.
     pub(crate) unsettled: Hull,
-    pub(crate) settle_turn: Futex,
+    pub(crate) owes: settle::Owed,
     pub(crate) stop: AtomicBool,
 }
 
@@ -277,7 +276,7 @@ impl Space {
             happened: ArrayQueue::new(QUEUE),
             forgotten: AtomicBool::new(false),
             unsettled: Hull::new(),
-            settle_turn: Futex::new(),
+            owes: settle::Owed::new(),
             stop: AtomicBool::new(false),
         });
         // From here on dropping `space` ends what has been started.
@@ -442,7 +441,7 @@ impl Drop for Space {
         self.inner.stop.store(true, Ordering::SeqCst);
         self.inner.monitor.kick();
         self.inner.watchdog.kick();
-        self.inner.settle_turn.bump();
+        self.inner.owes.wake();
         let me = std::thread::current().id();
         let is_gone = self.inner.counters.takeovers.load(Ordering::Relaxed) > 0;
         for thread in threads {

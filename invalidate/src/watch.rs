@@ -198,7 +198,7 @@ impl Space {
         };
         let all = seen.iter().all(is_watched);
         watched.mappings = mappings(range)?;
-        if all && watched.mappings == seen { Ok(watched) } else { Err(WatchError::Moving { range }) }
+        if all && are_same(&watched.mappings, &seen) { Ok(watched) } else { Err(WatchError::Moving { range }) }
     }
 
     /// Runs `f` while no page of the range is watched, for mappings that must not inherit a watch. Every target over the range is invalidated,
@@ -238,6 +238,12 @@ impl Space {
         }
         Ok(())
     }
+}
+
+/// Whether the range shows the same memory in both lists. How far the mappings reach beyond it changes with what lies there.
+fn are_same(a: &[Mapping], b: &[Mapping]) -> bool {
+    let same = |(a, b): (&Mapping, &Mapping)| *a == Mapping { whole: a.whole, ..b.clone() };
+    a.len() == b.len() && a.iter().zip(b).all(same)
 }
 
 fn no_hold(backing: Backing) -> Option<NoHoldReason> {
