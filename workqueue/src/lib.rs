@@ -105,8 +105,9 @@
 //! # Tests beyond `cargo test`
 //!
 //! `RUSTFLAGS="--cfg loom" LOOM_MAX_PREEMPTIONS=2 cargo test -p pinfold-workqueue --test loom --release` explores the
-//! models. `PINFOLD_SOAK_CYCLES=10000000 cargo test -p pinfold-workqueue --release --test pool no_wake_up_is_lost` looks
-//! for lost wake-ups for longer.
+//! models, and with `--lib table_models` every pair of operations on a work item.
+//! `PINFOLD_SOAK_CYCLES=10000000 cargo test -p pinfold-workqueue --release --test pool no_wake_up_is_lost` looks for lost
+//! wake-ups for longer.
 
 #![forbid(unsafe_code)]
 
@@ -133,6 +134,8 @@ mod sync;
 mod sys;
 mod system;
 mod table;
+#[cfg(all(test, loom))]
+mod table_models;
 #[cfg(all(test, not(loom)))]
 mod table_tests;
 mod topology;

@@ -2,6 +2,8 @@
 //!
 //! `RUSTFLAGS="--cfg loom" LOOM_MAX_PREEMPTIONS=2 cargo test -p pinfold-workqueue --test loom --release`
 //!
+//! What callers may do to one item at the same time is in `src/table_models.rs`.
+//!
 //! A lost wake-up shows as a deadlock, which loom reports: the end of a pool waits until all its work has run.
 
 #![cfg(loom)]
@@ -200,47 +202,4 @@ fn a_flush_that_returns_has_seen_the_run_it_waited_for() {
         assert_eq!(law.runs(), 1);
         drop((pool, work));
     });
-}
-
-/// What two callers may do at the same time; each gives how many runs it asked for, less those it took back.
-const CALLS: [fn(&Work) -> i32; 6] = [
-    |work| i32::from(work.queue().expect("open")),
-    |work| i32::from(work.queue_delayed(Duration::from_secs(1)).expect("open")),
-    |work| i32::from(!work.modify_delayed(Duration::ZERO).expect("open")),
-    |work| -i32::from(work.cancel_delayed()),
-    |work| -i32::from(work.cancel_sync().expect("not from inside")),
-    |work| {
-        work.flush_delayed().expect("not from inside");
-        0
-    },
-];
-
-#[test]
-fn every_pair_of_operations_at_the_same_time_keeps_the_count_of_runs() {
-    for (n, first) in CALLS.into_iter().enumerate() {
-        for (m, second) in CALLS.into_iter().enumerate().skip(n) {
-            // A modification that a waiting cancel refuses answers like one that found nothing pending.
-            if n == 2 && m == 4 {
-                continue;
-            }
-            loom::model(move || {
-                let pool = pool(1, &[0]);
-                let law = Arc::new(Law::default());
-                let work = law.item(&pool);
-                let mut runs = i32::from(work.queue().expect("open"));
-                let other = thread::spawn({
-                    let work = work.clone();
-                    move || first(&work)
-                });
-                runs += second(&work);
-                runs += other.join().expect("no panic");
-                // Nobody fires timers in a model.
-                runs -= i32::from(work.pending() && work.cancel_delayed());
-                work.flush().expect("not from inside");
-                assert!(!work.busy());
-                drop((pool, work));
-                assert_eq!(i32::try_from(law.runs()), Ok(runs));
-            });
-        }
-    }
 }
