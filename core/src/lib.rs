@@ -19,7 +19,6 @@ mod engine;
 mod error;
 #[cfg(not(loom))]
 mod file;
-#[cfg(not(loom))]
 mod host_buffer;
 mod lease;
 mod limits;

@@ -44,7 +44,9 @@ pub use hand_over::{HandOverError, Layout, MESSAGE_LEN, Offered, receive, send};
 pub use heap::{Heap, HeapBudget};
 pub use map::{CpuAccess, CpuGuard, DmaBufMap};
 pub use object::DmaBufPart;
-pub(crate) use object::{Reserved, export};
+pub(crate) use object::Reserved;
+#[cfg(not(loom))]
+pub(crate) use object::export;
 pub use sync::SyncFile;
 
 /// The kernel refuses names of this length or longer (`DMA_BUF_NAME_LEN`, with the zero byte).
