@@ -130,7 +130,7 @@ impl<D: Device> Manager<D> {
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         let reserved = Reserved::new(part)?;
         let mut object = Object::new(id, reserved.range, access, label.into(), Arc::clone(self.engine()));
-        object.dmabuf = Some(reserved);
+        object.dmabuf = Some(Box::new(reserved));
         Ok(self.insert(object))
     }
 
@@ -160,7 +160,8 @@ impl<D: Device> Manager<D> {
     pub fn wait_dmabuf(&self, object: &Userptr<D>, access: CpuAccess, limit: Duration) -> Result<bool, Error> {
         self.engine().check()?;
         let object = &object.handle.object;
-        let Some(Reserved { part, .. }) = &object.dmabuf else { return Ok(true) };
+        let Some(reserved) = &object.dmabuf else { return Ok(true) };
+        let part = &reserved.part;
         let over = part.buffer.wait(access, limit)?;
         self.engine().note_dmabuf(object, DmaBufEvent::SyncWaited, part);
         Ok(over)

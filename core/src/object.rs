@@ -28,7 +28,7 @@ pub(crate) struct Object<D: Device> {
     /// The caller has promised to tell us of every mutation. Cleared by an export, whose receivers have promised nothing.
     pub(crate) unwatched: AtomicBool,
     /// The object is one over a dma-buf, and its range only a name.
-    pub(crate) dmabuf: Option<Reserved>,
+    pub(crate) dmabuf: Option<Box<Reserved>>,
     /// A [`Policy`]. Written by the handle.
     pub(crate) policy: AtomicU8,
     /// How often its pages were taken, and how many leases it has been part of: figures for the device's choice.
@@ -196,8 +196,8 @@ impl<D: Device> Object<D> {
     pub(crate) fn finish(&self) -> u64 {
         let pin = self.slot().pin.take();
         let bytes = pin.and_then(Arc::into_inner).map_or(0, Pin::release);
-        if let Some(Reserved { part, .. }) = &self.dmabuf {
-            self.engine.note_dmabuf(self, DmaBufEvent::Closed, part);
+        if let Some(reserved) = &self.dmabuf {
+            self.engine.note_dmabuf(self, DmaBufEvent::Closed, &reserved.part);
         }
         self.engine.space.remove(self.range, self.id);
         self.engine.notes.remove_object(self.id);
