@@ -94,8 +94,12 @@ impl Which {
 }
 
 fn main() -> ExitCode {
-    let child = std::env::args_os().nth(1).is_some_and(|argument| argument == ucx::ARGUMENT);
-    let result = if child { ucx::child().map(|()| ExitCode::SUCCESS) } else { run(&Cli::parse()) };
+    let mut arguments = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned());
+    let result = match arguments.next().as_deref() {
+        Some(ucx::ARGUMENT) => ucx::child().map(|()| ExitCode::SUCCESS),
+        Some(groups::dmabuf::ARGUMENT) => groups::dmabuf::child(arguments).map(|()| ExitCode::SUCCESS),
+        _ => run(&Cli::parse()),
+    };
     match result {
         Ok(code) => code,
         Err(error) => {
