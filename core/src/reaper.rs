@@ -66,13 +66,19 @@ impl<D: Device> Engine<D> {
         let engine = Arc::clone(self);
         // Called as cancelled when the workers are gone: then whoever asks does all of it.
         self.spawn_unordered(move |cancelled| {
-            engine.reap(if cancelled { usize::MAX } else { BATCH });
-            let mut graves = engine.graveyard.graves();
-            let again = !cancelled && !graves.dead.is_empty();
-            graves.jobs -= usize::from(!again);
-            drop(graves);
-            if again {
-                engine.send_reaper();
+            loop {
+                engine.reap(if cancelled { usize::MAX } else { BATCH });
+                let mut graves = engine.graveyard.graves();
+                // Whoever has buried something meanwhile has left it to us.
+                let again = !graves.dead.is_empty();
+                if !again || !cancelled {
+                    graves.jobs -= usize::from(!again);
+                    drop(graves);
+                    if again {
+                        engine.send_reaper();
+                    }
+                    return;
+                }
             }
         });
     }
