@@ -5,7 +5,7 @@
 //! **Law.** A row of a peer's test list is either answered by a test, or has a reason here why it doesn't apply; never both, never neither. A test
 //! says itself which rows it answers, in a comment above it: `// rows: igt/sync-unmap; xe/userptr-invalid`.
 //!
-//! **Protocol.** [`rows`] has the lists. [`Sources::read`] finds the comments and the programs and devices that run what they stand above.
+//! **Protocol.** `rows` has the lists. [`Sources::read`] finds the comments and the programs and devices that run what they stand above.
 //! [`page`] joins the two; `cargo run -p pinfold-tests --bin conformance` writes it to `tests/README.md`, and the test `conformance` fails while
 //! that file says anything else.
 
