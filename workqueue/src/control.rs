@@ -128,9 +128,7 @@ impl Shared {
         blocking(|| {
             let mut state = self.lock();
             state.queues[number as usize].draining += 1;
-            while state.queues[number as usize].live > 0 {
-                state = self.drained.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner);
-            }
+            state = self.wait_until_drained(state, |state| state.queues[number as usize].live > 0);
             state.queues[number as usize].draining -= 1;
         });
         Ok(())

@@ -37,10 +37,7 @@ pub(crate) fn finish(shared: &Arc<Shared>, me: Option<u32>) {
     if shared.config.cancel_at_end {
         cancel_pending(shared, |_, _| true);
     }
-    let mut state = shared.lock();
-    while state.live > 0 {
-        state = shared.drained.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner);
-    }
+    let mut state = shared.wait_until_drained(shared.lock(), |state| state.live > 0);
     state.phase = Phase::Ended;
     drop(state);
     until_settled(shared, |fx| shared.lock().crew.wake_idle(fx));
@@ -80,10 +77,7 @@ pub(crate) fn cancel_pending(shared: &Arc<Shared>, mut which: impl FnMut(&crate:
 
 fn join_workers(shared: &Arc<Shared>, me: Option<u32>) {
     loop {
-        let mut state = shared.lock();
-        while state.crew.spawning > 0 {
-            state = shared.drained.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner);
-        }
+        let mut state = shared.wait_until_drained(shared.lock(), |state| state.crew.spawning > 0);
         let mut others = (0..).zip(&mut state.crew.workers);
         let Some(join) = others.find_map(|(number, worker)| worker.join.take_if(|_| Some(number) != me)) else {
             debug_assert!((0..).zip(&state.crew.workers).all(|(n, w)| Some(n) == me || w.doing == Doing::Gone));

@@ -106,6 +106,20 @@ impl Shared {
         sync::lock(&self.state)
     }
 
+    /// Lets go of the lock until `busy` is false. What it looks at changes under the lock and with a note on `drained`.
+    pub(crate) fn wait_until_drained<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        busy: impl Fn(&State) -> bool,
+    ) -> MutexGuard<'a, State> {
+        state.drainers += 1;
+        while busy(&state) {
+            state = self.drained.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+        state.drainers -= 1;
+        state
+    }
+
     /// Takes the lock with at least one slot free. All allocation happens here, without the lock.
     pub(crate) fn with_room(&self) -> MutexGuard<'_, State> {
         let mut state = self.lock();

@@ -68,6 +68,9 @@ pub(crate) struct State {
     pub(crate) phase: Phase,
     /// The keeper is to return.
     pub(crate) keeper_over: bool,
+    /// Threads that wait for a queue or the pool to be empty. While there are none, nobody is told: that is a system
+    /// call, and between two jobs in quick succession the pool is empty each time.
+    pub(crate) drainers: u32,
     tickets: u64,
 }
 
@@ -80,6 +83,7 @@ impl State {
             queues,
             phase: Phase::Open,
             keeper_over: false,
+            drainers: 0,
             live: 0,
             sequence: 0,
             tickets: 0,
@@ -279,7 +283,7 @@ impl State {
         queue.live -= 1;
         queue.active -= 1;
         self.live -= 1;
-        if queue.live == 0 || self.live == 0 {
+        if self.drainers > 0 && (queue.live == 0 || self.live == 0) {
             fx.drained = true;
         }
         if queue.active < queue.max_active
