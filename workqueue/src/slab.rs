@@ -175,11 +175,22 @@ pub(crate) struct Slab {
     /// Slots whose timer runs, a binary heap by `due`.
     pub(crate) heap: Vec<u32>,
     pub(crate) keys: Keys,
+    /// How often two timers changed places in the heap.
+    #[cfg(test)]
+    exchanges: u32,
 }
 
 impl Slab {
     pub(crate) fn new() -> Self {
-        Self { chunks: Vec::with_capacity(CHUNKS), capacity: 0, free: NIL, heap: Vec::new(), keys: Keys::default() }
+        Self {
+            free: NIL,
+            chunks: Vec::with_capacity(CHUNKS),
+            capacity: 0,
+            heap: Vec::new(),
+            keys: Keys::default(),
+            #[cfg(test)]
+            exchanges: 0,
+        }
     }
 
     /// Says what is missing before [`take`](Self::take) can succeed, if anything is.
@@ -309,6 +320,10 @@ impl Slab {
     }
 
     fn exchange(&mut self, a: usize, b: usize) {
+        #[cfg(test)]
+        {
+            self.exchanges += 1;
+        }
         self.heap.swap(a, b);
         for at in [a, b] {
             let slot = self.heap[at];
@@ -337,5 +352,48 @@ impl std::ops::IndexMut<u32> for Slab {
     fn index_mut(&mut self, slot: u32) -> &mut Slot {
         let (chunk, offset) = locate(slot);
         &mut self.chunks[chunk][offset]
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_timer_among_a_million_starts_and_stops_in_a_step_for_each_level_of_the_heap() {
+        const TIMERS: u32 = 1_000_000;
+        let mut slab = Slab::new();
+        let start = Instant::now();
+        // Most in no order, the last ones each earlier than all before: those climb from the bottom to the top.
+        let due = |n: u32| match n {
+            0..999_000 => 1_000_000 + u64::from(n.wrapping_mul(2_654_435_761) >> 8),
+            _ => u64::from(TIMERS - n),
+        };
+        let levels = TIMERS.ilog2();
+        let (mut highest, mut slots) = (0, Vec::new());
+        let mut steps = |slab: &mut Slab| highest = highest.max(std::mem::take(&mut slab.exchanges));
+        for n in 0..TIMERS {
+            while let Some(shortage) = slab.shortage() {
+                slab.extend(shortage.allocate());
+            }
+            slots.push(slab.take());
+            slab.start_timer(slots[n as usize], start + std::time::Duration::from_nanos(due(n)));
+            steps(&mut slab);
+        }
+        for &slot in slots.iter().step_by(3) {
+            assert!(slab.stop_timer(slot) && !slab.stop_timer(slot));
+            steps(&mut slab);
+        }
+        // The first to be due are those that are next in an independent order.
+        let mut rest: Vec<_> =
+            (0..TIMERS).filter(|n| n % 3 != 0).map(|n| start + std::time::Duration::from_nanos(due(n))).collect();
+        rest.sort_unstable();
+        for expected in &rest[..50_000] {
+            let (due, slot) = slab.next_timer().expect("there are more");
+            assert_eq!(due, *expected);
+            slab.stop_timer(slot);
+            steps(&mut slab);
+        }
+        assert_eq!(highest, levels, "one exchange a level, and the worst case is among them");
     }
 }

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use pinfold_workqueue::{Error, Flags, Job, Pool, Queue, Work};
+use pinfold_workqueue::{Account, Error, Flags, Job, Pool, Queue, Work};
 
 const LONG: Duration = Duration::from_secs(30);
 
@@ -295,29 +295,58 @@ fn max_active_holds_and_the_rest_waits_in_order() {
     assert!((1..=2).contains(&most.load(Ordering::SeqCst)));
 }
 
+/// Threads of this process that show `name`.
+fn threads_called(name: &str) -> usize {
+    let tasks = std::fs::read_dir("/proc/self/task").expect("proc is mounted");
+    let names = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
+    names.filter(|comm| comm.trim_end() == name).count()
+}
+
 #[test]
-fn twenty_thousand_delayed_items_each_run_once_after_their_time_unless_taken_back() {
-    let pool = pool();
+fn delayed_items_each_run_once_after_their_time_unless_taken_back() {
+    // A million in a soak: without optimisation that takes too long for every day.
+    let count = std::env::var("PINFOLD_SOAK_ITEMS").map_or(20_000, |count| count.parse::<usize>().expect("a number"));
+    let pool = Pool::builder("delayed").bounded(2).build().expect("a pool");
     let early = Arc::new(AtomicU32::new(0));
-    let runs = Arc::new(AtomicU32::new(0));
-    let items: Vec<_> = (0..20_000_u64)
+    let runs: Arc<Box<[AtomicU32]>> = Arc::new((0..count).map(|_| AtomicU32::new(0)).collect());
+    let start = Instant::now();
+    // When the item may run, in microseconds from the start; set when its time is known.
+    let due: Arc<Box<[AtomicU32]>> = Arc::new((0..count).map(|_| AtomicU32::new(u32::MAX)).collect());
+    let items: Vec<_> = (0..count)
         .map(|n| {
-            let (early, runs) = (Arc::clone(&early), Arc::clone(&runs));
-            let delay = if n % 3 == 0 { LONG * 20 } else { Duration::from_micros(n * 7919 % 200_000) };
-            let due = Instant::now() + delay;
+            let (early, runs, due) = (Arc::clone(&early), Arc::clone(&runs), Arc::clone(&due));
             let work = pool.work(move |_| {
-                runs.fetch_add(1, Ordering::Relaxed);
-                early.fetch_add(u32::from(Instant::now() < due), Ordering::Relaxed);
+                runs[n].fetch_add(1, Ordering::Relaxed);
+                let too_early = start.elapsed().as_micros() < due[n].load(Ordering::Relaxed).into();
+                early.fetch_add(u32::from(too_early), Ordering::Relaxed);
             });
-            work.queue_delayed(delay).expect("open");
+            assert!(work.queue_delayed(LONG * 20 + Duration::from_micros(n as u64 * 7919 % 1_000_000)).expect("open"));
             work
         })
         .collect();
-    // Every third is taken back, from the middle of the heap.
-    items.iter().step_by(3).for_each(|work| assert!(work.cancel_delayed()));
+    assert!(items.iter().all(Work::pending), "all at a time");
+    // A thread has its name only once it runs.
+    let workers = || (pool.workers(Account::Bounded) + pool.workers(Account::MaySleep)) as usize;
+    while threads_called("delayed") != workers() + 1 {
+        assert!(start.elapsed() < LONG * 10, "not one thread for all timers");
+        std::thread::yield_now();
+    }
+    // Every third is taken back, from the middle of the heap; the others come soon, in another order.
+    for (n, work) in items.iter().enumerate() {
+        if n % 3 == 0 {
+            assert!(work.cancel_delayed());
+        } else {
+            let delay = Duration::from_micros(n as u64 * 6007 % 200_000 + 1);
+            due[n].store((start.elapsed() + delay).as_micros() as u32, Ordering::Relaxed);
+            assert!(work.modify_delayed(delay).expect("open"));
+        }
+    }
     for work in &items {
         work.flush().expect("not from inside");
     }
-    assert_eq!(runs.load(Ordering::Relaxed), 20_000 - 6667);
+    assert!((0..).zip(runs.iter()).all(|(n, runs)| runs.load(Ordering::Relaxed) == u32::from(n % 3 != 0)));
     assert_eq!(early.load(Ordering::Relaxed), 0);
+    let counters = pool.counters(Account::Bounded);
+    let left = (count - count.div_ceil(3)) as u64;
+    assert_eq!((counters.queued, counters.started), (left, left));
 }
