@@ -17,7 +17,7 @@ use super::limit::WatchLimit;
 use super::list::{ListInner, Scope};
 use super::note::Note;
 use super::record::{HEADER_LEN, MAX_RECORD_LEN, Record, TYPE_META};
-use super::ring::{Push, Ring, Slots};
+use super::ring::{Line, Push, Ring, Slots};
 #[cfg(not(loom))]
 use super::share::Caller;
 use super::signal::Signal;
@@ -251,7 +251,7 @@ impl WatchQueue {
     }
 
     fn read_at_most(&self, out: &mut [u8], records: usize) -> Result<usize, ReadError> {
-        let _turn = self.inner.turn.take();
+        let _turn = self.inner.reading.0.turn.take();
         let read = self.inner.read(out, records);
         if self.inner.bell().is_level() {
             self.inner.bell().arm(|| self.inner.readable());
@@ -312,7 +312,7 @@ impl WatchQueue {
     ///
     /// For [`Wake::OnDemand`]: read until [`ReadError::Empty`], arm, and wait only if this answers false.
     pub fn arm(&self) -> bool {
-        let _turn = self.inner.turn.take();
+        let _turn = self.inner.reading.0.turn.take();
         self.inner.bell().arm(|| self.inner.readable())
     }
 
@@ -353,7 +353,7 @@ impl AsFd for WatchQueue {
         let inner = &self.inner;
         // Nobody could poll before the first time that somebody asked for the descriptor, so until then it needn't be kept right.
         if inner.wake == Wake::Level && !inner.bell().is_level() {
-            let _turn = inner.turn.take();
+            let _turn = inner.reading.0.turn.take();
             inner.bell().keep_level();
             inner.bell().arm(|| inner.readable());
         }
@@ -393,10 +393,7 @@ pub(super) struct QueueInner {
     #[cfg_attr(loom, expect(dead_code, reason = "the model's signal is no descriptor to ask for"))]
     wake: Wake,
     pub(super) limit: WatchLimit,
-    /// The reader's lock. Never taken by a post.
-    turn: Turn,
-    /// The most records that a reader has seen waiting. Written under the reader's lock.
-    high_water: AtomicU64,
+    reading: Line<Reading>,
     /// Removal records that found the ring full, each with the position before which it belongs. Room for one per watch is made when the watch
     /// is. Taken by removals and readers, never by a post.
     removals: Mutex<VecDeque<(u64, Record)>>,
@@ -410,6 +407,14 @@ pub(super) struct QueueInner {
     denied: AtomicU64,
 }
 
+/// What every read writes. On a line of its own: the other fields here are what every post looks at.
+struct Reading {
+    /// The reader's lock. Never taken by a post.
+    turn: Turn,
+    /// The most records that a reader has seen waiting. Written under the reader's lock.
+    high_water: AtomicU64,
+}
+
 impl QueueInner {
     pub(super) fn new(ring: Ring, wakeup: Wakeup, policy: Option<Box<Policy>>, limit: WatchLimit) -> Self {
         Self {
@@ -420,8 +425,7 @@ impl QueueInner {
             strict: false,
             wake: Wake::Level,
             limit,
-            turn: Turn::new(),
-            high_water: AtomicU64::new(0),
+            reading: Line(Reading { turn: Turn::new(), high_water: AtomicU64::new(0) }),
             removals: Mutex::new(VecDeque::new()),
             removals_waiting: AtomicUsize::new(0),
             removals_total: AtomicU64::new(0),
@@ -554,9 +558,10 @@ impl QueueInner {
     /// The caller holds the reader's lock.
     fn read(&self, out: &mut [u8], records: usize) -> Result<usize, ReadError> {
         let pending = self.ring.usage().1;
+        let high_water = &self.reading.0.high_water;
         // Relaxed: a count that only the lock's holder writes.
-        if pending > self.high_water.load(Ordering::Relaxed) {
-            self.high_water.store(pending, Ordering::Relaxed);
+        if pending > high_water.load(Ordering::Relaxed) {
+            high_water.store(pending, Ordering::Relaxed);
         }
         let mut total = 0;
         for _ in 0..records {
@@ -616,7 +621,7 @@ impl QueueInner {
         let (stored, pending) = self.ring.usage();
         let waiting = self.removals_waiting.load(Ordering::Relaxed) as u64;
         let lost = self.ring.lost();
-        let high_water = self.high_water.load(Ordering::Relaxed).max(pending);
+        let high_water = self.reading.0.high_water.load(Ordering::Relaxed).max(pending);
         Counters {
             posted: stored + self.removals_total.load(Ordering::Relaxed) + lost,
             filtered: self.filtered.load(Ordering::Relaxed),
