@@ -184,6 +184,67 @@ mod tests {
         assert_eq!(verdict(&old, &new), Some(Verdict::Agrees));
     }
 
+    /// Figures of three quick runs on two processors of an AMD EPYC: one, another, and one with our side's work done twice. Low end of the spread, of the median's
+    /// interval, median, high ends.
+    #[test]
+    fn recorded_runs_agree_and_recorded_slow_downs_are_caught() {
+        type Figures = [f64; 5];
+        let recorded: [(&str, [Figures; 3]); 5] = [
+            (
+                "find among 100,000 / rust-lapper",
+                [
+                    [0.822914, 1.01157, 1.04401, 1.11884, 1.2675],
+                    [0.940405, 1.09662, 1.16326, 1.26621, 1.41091],
+                    [1.46254, 1.67583, 1.90162, 2.09228, 2.23341],
+                ],
+            ),
+            (
+                "find among 100,000 / iset",
+                [
+                    [0.16942, 0.200898, 0.268522, 0.306667, 0.344071],
+                    [0.176093, 0.207926, 0.262922, 0.291004, 0.331596],
+                    [0.304073, 0.341936, 0.45483, 0.51546, 0.566062],
+                ],
+            ),
+            (
+                "post and read / ArrayQueue",
+                [
+                    [0.774435, 1.93993, 2.34275, 2.36214, 3.25325],
+                    [1.50083, 2.43263, 2.44282, 2.45105, 2.6871],
+                    [4.22695, 4.54014, 4.69661, 4.74974, 6.1514],
+                ],
+            ),
+            (
+                "post and read / flume",
+                [
+                    [0.476105, 0.845168, 1.34217, 1.43712, 1.99499],
+                    [1.26163, 1.39216, 1.40181, 1.4076, 1.60711],
+                    [1.58344, 2.55017, 2.60416, 2.61609, 3.31128],
+                ],
+            ),
+            (
+                "post and read / packet pipe",
+                [
+                    [0.0527516, 0.0603808, 0.0617166, 0.0656236, 0.0890757],
+                    [0.0590638, 0.0653985, 0.0664039, 0.0674985, 0.0756745],
+                    [0.0990525, 0.107644, 0.110058, 0.113497, 0.135829],
+                ],
+            ),
+        ];
+        for (name, runs) in recorded {
+            let [first, second, twice] = runs.map(|[low, median_low, middle, median_high, high]| Row {
+                ratio: Some(middle),
+                ratio_low: Some(low),
+                ratio_high: Some(high),
+                median_low: Some(median_low),
+                median_high: Some(median_high),
+                ..row("recorded", middle)
+            });
+            assert_eq!(verdict(&first, &second), Some(Verdict::Agrees), "{name}, nothing changed");
+            assert_eq!(verdict(&first, &twice), Some(Verdict::Worse), "{name}, twice the work");
+        }
+    }
+
     #[test]
     fn faster_is_better_and_more_is_better_where_more_is_wanted() {
         assert_eq!(after(|row| scale(row, 0.5)).rows[0].verdict, Verdict::Better);
