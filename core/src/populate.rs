@@ -23,9 +23,7 @@ pub(crate) fn populate(range: HostRange, access: Access, mappings: &[Mapping]) -
         let piece = mapping.range;
         let start = ptr::with_exposed_provenance_mut(piece.start());
         loop {
-            // SAFETY: populating changes no contents and unmaps nothing; a range that has vanished meanwhile is refused.
-            let answer = unsafe { libc::madvise(start, piece.len(), advice) };
-            match if answer == 0 { None } else { Some(Errno::last()) } {
+            match advise(start, piece.len(), advice) {
                 None | Some(Errno::EINVAL) => break, // done, or an old kernel; device mappings were refused before
                 Some(Errno::EINTR | Errno::EAGAIN) => {}
                 Some(errno) => {
@@ -47,6 +45,17 @@ pub(crate) fn populate(range: HostRange, access: Access, mappings: &[Mapping]) -
     Ok(())
 }
 
+/// `None`: done.
+fn advise(start: *mut libc::c_void, len: usize, advice: i32) -> Option<Errno> {
+    #[cfg(test)]
+    if let Some(refused) = tests::next_refusal() {
+        return Some(refused);
+    }
+    // SAFETY: populating changes no contents and unmaps nothing; a range that has vanished meanwhile is refused.
+    let answer = unsafe { libc::madvise(start, len, advice) };
+    if answer == 0 { None } else { Some(Errno::last()) }
+}
+
 /// Whether all pages are in memory, so that taking them does not block. Allocates nothing.
 pub(crate) fn resident(range: HostRange) -> bool {
     let mut pages = [0_u8; 64];
@@ -58,4 +67,60 @@ pub(crate) fn resident(range: HostRange) -> bool {
         let answer = unsafe { libc::mincore(ptr::with_exposed_provenance_mut(at), len, pages.as_mut_ptr()) };
         answer == 0 && pages[..count].iter().all(|page| page & 1 != 0)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use pinfold_invalidate::{any_present, mappings, page_size};
+
+    use super::*;
+
+    thread_local! {
+        /// What the next calls of this thread are refused with, last first.
+        static REFUSALS: RefCell<Vec<Errno>> = const { RefCell::new(Vec::new()) };
+    }
+
+    pub(super) fn next_refusal() -> Option<Errno> {
+        REFUSALS.with_borrow_mut(Vec::pop)
+    }
+
+    /// Populates four fresh pages, the first calls refused with these, and tells what came of it and whether any page is there.
+    fn populating(refusals: &[Errno]) -> (HostRange, Result<(), Error>, Option<bool>) {
+        let (len, protection) = (4 * page_size(), libc::PROT_READ | libc::PROT_WRITE);
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a new mapping anywhere; nothing is replaced.
+        let at = unsafe { libc::mmap(ptr::null_mut(), len, protection, flags, -1, 0) };
+        assert_ne!(at, libc::MAP_FAILED);
+        let range = HostRange::from_ptr(at, len).unwrap();
+        REFUSALS.set(refusals.iter().rev().copied().collect());
+        let result = populate(range, Access::Read, &mappings(range).unwrap());
+        assert!(next_refusal().is_none(), "each was met");
+        let present = any_present(range).unwrap();
+        // SAFETY: the mapping just made, which no reference points into.
+        unsafe { libc::munmap(at, len) };
+        (range, result, present)
+    }
+
+    #[test]
+    fn what_interrupts_populating_is_outlasted() {
+        let (_, result, present) = populating(&[Errno::EINTR, Errno::EAGAIN, Errno::EINTR]);
+        assert!(result.is_ok() && present != Some(false), "{result:?} {present:?}");
+    }
+
+    #[test]
+    fn a_kernel_that_can_not_populate_leaves_it_to_page_faults() {
+        let (_, result, present) = populating(&[Errno::EINVAL]);
+        assert!(result.is_ok() && present != Some(true), "{result:?} {present:?}");
+    }
+
+    #[test]
+    fn what_can_not_be_populated_is_a_fault_with_the_kernels_errno() {
+        for errno in [Errno::ENOMEM, Errno::EFAULT, Errno::EHWPOISON, Errno::EPERM] {
+            let (range, result, _) = populating(&[Errno::EINTR, errno]);
+            let Err(Error::Fault { range: told, errno: number, .. }) = result else { panic!("{errno}: {result:?}") };
+            assert_eq!((told, number), (range, errno as i32));
+        }
+    }
 }

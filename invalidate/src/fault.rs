@@ -21,6 +21,8 @@ pub(crate) enum Call {
     Query,
     /// Opening the text of `/proc/self/maps`.
     Text,
+    /// `PAGEMAP_SCAN`, and opening the file for it.
+    Scan,
     Epoll,
     EventFd,
     Thread,

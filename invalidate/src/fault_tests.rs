@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use crate::fault::{Call, refuse, refused};
 use crate::uffd::{Uffd, feature};
 use crate::{
-    Change, Coverage, HostRange, ManualReason, Shards, Space, SpaceError, Target, WatchError, Watched, monitor,
-    page_size,
+    Change, Coverage, DirtyTracker, HostRange, ManualReason, Shards, Space, SpaceError, Taken, Target, WatchError,
+    Watched, any_present, monitor, page_size, still_watched,
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -242,4 +242,45 @@ fn after_a_round_that_came_to_no_end_everybody_is_told_and_the_gates_are_open() 
         std::thread::yield_now();
     }
     assert_eq!(space.stats().recoveries, 1);
+}
+
+#[test]
+fn page_tables_that_can_not_be_asked_tell_nothing_and_everything_counts_as_written() {
+    let memory = Memory::new();
+    let page = memory.page(0);
+    // SAFETY: a writable page of the test, which no reference points into.
+    unsafe { ptr::with_exposed_provenance_mut::<u8>(page.start()).write_volatile(1) };
+    if any_present(page).unwrap().is_none() {
+        return println!("SKIP {}: no PAGEMAP_SCAN here", std::thread::current().name().unwrap_or("?"));
+    }
+    for errno in [libc::ENOTTY, libc::EACCES, libc::EPERM] {
+        assert_eq!(refuse(Call::Scan, 0, ALWAYS, errno, || any_present(page)).unwrap(), None, "{errno}");
+    }
+    for errno in [libc::ENOMEM, libc::EMFILE, libc::EINTR] {
+        let error = refuse(Call::Scan, 0, ALWAYS, errno, || any_present(page)).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(errno));
+        assert_eq!(refuse(Call::Scan, 0, ALWAYS, errno, || still_watched(page)), None, "{errno}");
+    }
+    assert_eq!(refuse(Call::Scan, 0, 1, libc::EPERM, || still_watched(page)), Some(false), "that it isn't watched");
+    assert_eq!(refuse(Call::Scan, 0, ALWAYS, libc::EPERM, || still_watched(page)), None, "that nothing may be asked");
+
+    // Whichever of its questions is refused, a tracker tells all of the range, and tracks anew.
+    let mut tracker = DirtyTracker::new(page);
+    if tracker.refused().is_some() {
+        return;
+    }
+    for before in 0..3 {
+        for errno in [libc::ENOMEM, libc::ENOTTY, libc::EINTR] {
+            let mut written = Vec::new();
+            let taken = refuse(Call::Scan, before, 1, errno, || tracker.take(&mut written));
+            let expected = if refused() == 0 { Taken::Exact } else { Taken::Everything };
+            assert_eq!(taken, expected, "{errno} after {before}");
+            assert!(taken == Taken::Exact || written == [page], "{written:?}");
+        }
+    }
+    let mut written = Vec::new();
+    assert_eq!((tracker.take(&mut written), written.len()), (Taken::Exact, 0));
+    let refused_for_good = refuse(Call::Scan, 0, ALWAYS, libc::ENOMEM, || tracker.take(&mut written));
+    assert_eq!((refused_for_good, written.as_slice()), (Taken::Everything, &[page][..]));
+    assert_eq!(tracker.refused().unwrap().raw_os_error(), Some(libc::ENOMEM));
 }
