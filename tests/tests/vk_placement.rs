@@ -67,6 +67,7 @@ fn a_hundred_objects_of_one_mapping_lie_where_their_bytes_are() {
 }
 
 #[test]
+// rows: igt/relocations
 fn storage_uniform_and_indirect_views_work_at_every_offset_the_device_allows() {
     let Some(fixture) = Fixture::new() else { return };
     let (manager, limits) = (manager(&fixture, None), limits(&fixture));

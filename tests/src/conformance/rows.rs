@@ -47,6 +47,7 @@ const fn not_applicable(name: &'static str, checks: &'static str, why: &'static 
     Row { name, checks, verdict: Verdict::NotApplicable(why) }
 }
 
+#[allow(dead_code, reason = "for the next row that nobody has carried over yet")]
 const fn missing(name: &'static str, checks: &'static str) -> Row {
     Row { name, checks, verdict: Verdict::Missing }
 }
@@ -83,8 +84,8 @@ const IGT: &[Row] = &[
         "caching of an object can be set",
         "the memory type of a Vulkan import is the driver's answer to the pointer, and nobody can change it afterwards",
     ),
-    missing("userfault", "memory whose pages somebody else has to bring blocks its own acquirer only"),
-    missing("relocations", "commands of the device may themselves lie in registered memory"),
+    direct("userfault", "memory whose pages somebody else has to bring blocks its own acquirer only"),
+    adapted("relocations", "commands of the device may themselves lie in registered memory"),
     direct("invalid-mmap-offset-unsync", "device memory is refused, also by one page at either edge"),
     direct("create-destroy-{unsync,sync}", "objects made, used and released over and over leave nothing behind"),
     direct("{unsync,sync}-overlap", "objects may overlap in every way"),
@@ -103,7 +104,7 @@ const IGT: &[Row] = &[
     ),
     adapted("readonly-unsync", "the device can't write through an object over read-only memory"),
     not_applicable("readonly-pwrite-unsync", "pwrite to a read-only object is refused", NO_FILE_CALLS),
-    missing(
+    adapted(
         "forked-{sync,unsync}{,-swapping}{,-multifd}{,-mempressure}-{normal,interruptible}",
         "processes side by side, each with objects of its own, under pressure to give pages back and under signals",
     ),
@@ -147,7 +148,7 @@ const XE: &[Row] = &[
     direct("{bindexecqueue,many-execqueues,many-vm}-userptr-{…}", "several managers and threads over the same memory"),
     adapted("compute-mode-userptr-{free,unmap}", "memory goes while a long job runs that nobody waits for"),
     not_applicable("fault-mode-userptr-{…}", "the same with page faults of the device", NO_FAULT_PATH),
-    missing("fault-mode-prefetch", "pages nobody has touched are brought before the work"),
+    adapted("fault-mode-prefetch", "pages nobody has touched are brought before the work"),
     direct("threads-{userptr-invalidate,userptr-invalidate-race,rebind-err}", "the races, from many threads"),
     direct(
         "system-allocator-partial-{,middle-,atomic-}{munmap,remap}-{cpu,no-cpu}-fault",

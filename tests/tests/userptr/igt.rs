@@ -208,3 +208,18 @@ pub fn mlocked<R: Rig>(rig: &R) {
     rig.written(region.range());
     assert_eq!(device_sees(rig, &object), [filled(0x29); 4]);
 }
+
+/// What is asked for in time is brought by a worker, untouched as it is, so that the acquire before the work waits for nothing.
+// rows: xe/fault-mode-prefetch
+pub fn prefetch<R: Rig>(rig: &R) {
+    let region = Region::untouched(Backing::Anonymous, 16).unwrap();
+    let object = register(rig.manager(), region.range());
+    assert_eq!((region.present(), object.state().unwrap()), (0, State::New));
+    rig.manager().prefetch(&[&object]).unwrap();
+    super::wait_until("the pages", || object.state().unwrap() == State::Valid);
+    assert_eq!(region.present(), 16);
+    let lease = rig.manager().acquire(&[&object]).expect("nothing is left to wait for");
+    let stats = rig.manager().stats();
+    assert_eq!((stats.acquired_inline, stats.acquired_by_worker, stats.imports_made), (0, 1, 1));
+    assert_eq!(rig.start(lease).unwrap().finish(), [0; 16]);
+}
