@@ -157,6 +157,11 @@ fn protect(range: HostRange) -> io::Result<()> {
     scan(range.start() as u64, range.end() as u64, want, &mut []).map(drop)
 }
 
+/// Adds to `out`, in address order, the parts of the range that are protected or absent.
+pub(crate) fn protected(range: HostRange, out: &mut Vec<HostRange>) -> io::Result<()> {
+    collect(range, Wanted { inverted: WRITTEN, all: WRITTEN, ..Wanted::default() }, out)
+}
+
 fn collect(range: HostRange, want: Wanted, out: &mut Vec<HostRange>) -> io::Result<()> {
     let (mut at, end) = (range.start() as u64, range.end() as u64);
     let mut regions = [PageRegion::default(); REGIONS];

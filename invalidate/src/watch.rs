@@ -6,6 +6,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::HostRange;
+use crate::dirty::protected;
 use crate::ledger::{Ledger, Watch};
 use crate::maps::{Backing, Mapping, MapsError, mappings};
 use crate::room::max_map_count;
@@ -211,29 +212,45 @@ impl Space {
     }
 
     /// Takes back the write protection of what is watched in the range, which trackers of writes put there. What isn't mapped is passed over.
+    ///
+    /// The ledger says whose the pages are. It may miss a watch: the event of what was unmapped there before, taken in late, cuts it out. Then the
+    /// page tables say what is protected, and whoever can takes it back.
     pub(crate) fn unprotect(&self, range: HostRange) -> io::Result<()> {
-        /// How often a mutation in flight may be in the way, and the pause after it. A hold-off lasts 100 ms at most by default.
-        const TRIES: u32 = 1000;
-        const PAUSE: Duration = Duration::from_micros(200);
-        let inner = &*self.inner;
-        let pieces: Vec<_> = inner.ledger().watched(range).collect();
-        for (piece, Watch { shard, .. }) in pieces {
-            let Some(uffd) = &inner.shards[shard].uffd else { continue };
+        let (pieces, all) = {
+            let ledger = self.inner.ledger();
+            let pieces: Vec<_> = ledger.watched(range).map(|(piece, watch)| (piece, watch.shard)).collect();
+            (pieces, ledger.covered(range).is_some())
+        };
+        for (piece, shard) in pieces {
             // One call stops at the first hole, so each mapping has its own.
             let whole = |there: Vec<Mapping>| there.into_iter().map(|mapping| mapping.range).collect();
             let there: Vec<_> = mappings(piece).map_or_else(|_| piece.pages_of().collect(), whole);
-            for part in there {
-                let mut tries = 0;
-                loop {
-                    match uffd.unprotect(part) {
-                        Err(error) if error.raw_os_error() == Some(libc::EAGAIN) && tries < TRIES => {
-                            tries += 1;
-                            std::thread::sleep(PAUSE);
-                        }
-                        Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => return Err(error),
-                        _ => break, // done, or nothing of ours is mapped there any more
+            there.into_iter().try_for_each(|part| self.unprotect_of(shard, part))?;
+        }
+        let mut left = Vec::new();
+        // A kernel that can't be asked is one that nothing was protected through.
+        if !all && protected(range, &mut left).is_ok() {
+            for part in left {
+                (0..SHARDS).try_for_each(|shard| self.unprotect_of(shard, part))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn unprotect_of(&self, shard: usize, part: HostRange) -> io::Result<()> {
+        /// How often a mutation in flight may be in the way, and the pause after it. A hold-off lasts 100 ms at most by default.
+        const TRIES: u32 = 1000;
+        const PAUSE: Duration = Duration::from_micros(200);
+        let Some(uffd) = &self.inner.shards[shard].uffd else { return Ok(()) };
+        for tries in 0.. {
+            match uffd.unprotect(part) {
+                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {
+                    if tries == TRIES {
+                        return Err(error);
                     }
+                    std::thread::sleep(PAUSE);
                 }
+                _ => break, // done, or nothing of this shard's is mapped there any more
             }
         }
         Ok(())

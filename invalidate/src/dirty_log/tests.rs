@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::pagemap::{PageRegion, WRITTEN, Wanted, scan};
+use crate::uffd::Event;
 use crate::{Coverage, page_size};
 
 struct Memory(HostRange);
@@ -126,6 +127,24 @@ fn a_cursor_that_goes_leaves_nothing_protected_and_loses_nothing_of_the_others()
     let (_, told) = memory.take(&mut one);
     assert!(told.contains(&7) && told.contains(&30) && !told.contains(&31), "{told:?}");
     drop(one);
+    assert_eq!(memory.protected(), 0);
+}
+
+#[test]
+fn protection_is_taken_back_also_where_a_late_event_has_cut_the_watch_out_of_the_ledger() {
+    let name = "protection_is_taken_back_also_where_a_late_event_has_cut_the_watch_out_of_the_ledger";
+    let Some((space, memory)) = watched(name, 40) else { return };
+    let mut cursor = DirtyCursor::new(&space, memory.0);
+    memory.take(&mut cursor);
+    assert_eq!(memory.protected(), 40);
+    // As when the monitor has set who unmapped something there free, and only now gets to say so.
+    space.inner.happens(Event::Unmap(memory.part(8, 12)));
+    assert!(space.inner.ledger().covered(memory.0).is_none());
+    let import = Untracked::new(&space, memory.part(10, 5)).unwrap();
+    assert_eq!(memory.protected(), 35);
+    drop(import);
+    memory.take(&mut cursor);
+    drop(cursor);
     assert_eq!(memory.protected(), 0);
 }
 
