@@ -12,12 +12,12 @@
 //! answer "everything", until the last such range is gone. A cursor that goes takes protection back too, so that no page is protected for nobody:
 //! the others find those pages written, which is more than was and never less.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::dirty::merge;
+use crate::ranges::Ranges;
 use crate::{DirtyTracker, HostRange, Space, Taken};
 
 /// Tells its owner which pages of a range were written since it was last asked.
@@ -33,16 +33,14 @@ pub struct Untracked {
     range: HostRange,
 }
 
-#[derive(Default)]
 struct Log {
-    cursors: BTreeMap<u64, Cursor>,
-    untracked: BTreeMap<u64, HostRange>,
+    cursors: Ranges<Cursor>,
+    untracked: Ranges<()>,
     /// Pages have been protected since the process began. Moving a mapping takes its protection along, to where no cursor is.
     ever: bool,
 }
 
 struct Cursor {
-    range: HostRange,
     /// `None` before the first question, and after it lay over an untracked range.
     tracker: Option<DirtyTracker>,
     /// What others were told by the kernel of this range.
@@ -50,7 +48,7 @@ struct Cursor {
 }
 
 /// Taken for a question, which is one system call for each few hundred regions, and never by the monitor.
-static LOG: Mutex<Log> = Mutex::new(Log { cursors: BTreeMap::new(), untracked: BTreeMap::new(), ever: false });
+static LOG: Mutex<Log> = Mutex::new(Log { cursors: Ranges::new(), untracked: Ranges::new(), ever: false });
 static NEXT: AtomicU64 = AtomicU64::new(0);
 
 /// More pieces than this are joined, so that one who never asks costs no memory.
@@ -69,7 +67,7 @@ impl DirtyCursor {
     #[must_use]
     pub fn new(space: &Arc<Space>, range: HostRange) -> Self {
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
-        log().cursors.insert(id, Cursor { range, tracker: None, kept: Vec::new() });
+        log().cursors.insert(range, id, Cursor { tracker: None, kept: Vec::new() });
         Self { id, range, space: Arc::clone(space) }
     }
 
@@ -84,8 +82,8 @@ impl DirtyCursor {
     pub fn take(&mut self, out: &mut Vec<HostRange>) -> Taken {
         let had = out.len();
         let mut log = log();
-        let blocked = log.untracked.values().any(|untracked| untracked.overlaps(self.range));
-        let mut cursor = log.cursors.remove(&self.id).expect("a cursor is in the log until it is dropped");
+        let blocked = log.untracked.any_overlapping(self.range);
+        let mut cursor = log.cursors.remove(self.range, self.id).expect("a cursor is in the log until it is dropped");
         let taken = if blocked {
             cursor.tracker = None;
             Taken::Everything
@@ -114,7 +112,7 @@ impl DirtyCursor {
             }
         }
         cursor.kept.clear();
-        log.cursors.insert(self.id, cursor);
+        log.cursors.insert(self.range, self.id, cursor);
         taken
     }
 }
@@ -122,15 +120,17 @@ impl DirtyCursor {
 impl Log {
     /// Keeps what was told to one cursor for the others. The one that asked is not in the log at the moment.
     fn keep(&mut self, told: &[HostRange]) {
-        for cursor in self.cursors.values_mut() {
-            cursor.kept.extend(told.iter().filter_map(|part| part.intersection(cursor.range)));
-            if cursor.kept.len() > KEPT {
-                merge(&mut cursor.kept, 0);
-            }
-            if cursor.kept.len() > KEPT {
-                cursor.kept.clear();
-                cursor.kept.push(cursor.range);
-            }
+        for part in told {
+            self.cursors.each_overlapping(*part, |range, cursor| {
+                cursor.kept.extend(part.intersection(range));
+                if cursor.kept.len() > KEPT {
+                    merge(&mut cursor.kept, 0);
+                }
+                if cursor.kept.len() > KEPT {
+                    cursor.kept.clear();
+                    cursor.kept.push(range);
+                }
+            });
         }
     }
 }
@@ -141,7 +141,7 @@ impl Drop for DirtyCursor {
             return; // the log is the parent's
         }
         let mut log = log();
-        let cursor = log.cursors.remove(&self.id);
+        let cursor = log.cursors.remove(self.range, self.id);
         if cursor.is_some_and(|cursor| cursor.tracker.is_some()) {
             // What can't be unprotected now is, by whoever makes it untracked.
             let _ = self.space.unprotect(self.range);
@@ -159,11 +159,9 @@ impl Untracked {
         if log.ever {
             space.unprotect(range)?;
         }
-        for cursor in log.cursors.values_mut().filter(|cursor| cursor.range.overlaps(range)) {
-            cursor.tracker = None;
-        }
+        log.cursors.each_overlapping(range, |_, cursor| cursor.tracker = None);
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
-        log.untracked.insert(id, range);
+        log.untracked.insert(range, id, ());
         Ok(Self { id, range })
     }
 
@@ -176,7 +174,7 @@ impl Untracked {
 
 impl Drop for Untracked {
     fn drop(&mut self) {
-        log().untracked.remove(&self.id);
+        log().untracked.remove(self.range, self.id);
     }
 }
 

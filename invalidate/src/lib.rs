@@ -57,6 +57,7 @@ mod monitor;
 mod pagemap;
 mod proc_file;
 mod range;
+mod ranges;
 mod resync;
 mod room;
 mod settle;
