@@ -252,6 +252,8 @@ pub trait Device: Send + Sync + 'static {
     type Import: Send + Sync + 'static;
     /// How the engine says when a submit is over: a timeline semaphore and a value, for Vulkan.
     type Signal: Send + 'static;
+    /// What the engine records its work into: a command buffer, for Vulkan. `()` where nothing is recorded.
+    type Commands: Copy;
 
     /// Judges the range and does what must be done before it is watched.
     ///
@@ -291,6 +293,21 @@ pub trait Device: Send + Sync + 'static {
     /// # Errors
     /// [`DeviceError::Fault`] if the program's pages vanished meanwhile.
     fn refresh(&self, import: &Self::Import, request: &Request<'_>) -> Result<(), DeviceError>;
+
+    /// Records what brings the copy up to date that the device has of the import, where the engine has that done by its own work. Returns a mark
+    /// for [`uploaded`](Self::uploaded).
+    ///
+    /// # Safety
+    /// That of [`Lease::record_uploads`](crate::Lease::record_uploads).
+    unsafe fn record_upload(&self, import: &Self::Import, commands: Self::Commands) -> u64 {
+        let _ = (import, commands);
+        0
+    }
+
+    /// Work that recorded an upload has been submitted; `mark` is what [`record_upload`](Self::record_upload) said of it.
+    fn uploaded(&self, import: &Self::Import, mark: u64) {
+        let _ = (import, mark);
+    }
 
     /// Work is about to be submitted that writes these bytes of the range (counted from its start). Does nothing where the device writes to the
     /// program's own pages. [`forget_writes`](Self::forget_writes) ends it, with the same `written`.

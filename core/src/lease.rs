@@ -32,6 +32,8 @@ struct Held<D: Device> {
     noted: Snapshot,
     /// Bytes of the object that the work will write.
     written: Vec<Range<usize>>,
+    /// The device's mark of the uploads that the work has recorded.
+    recorded: Option<u64>,
     handle: Handle<D>,
 }
 
@@ -61,7 +63,7 @@ impl<D: Device> Lease<D> {
     }
 
     pub(crate) fn add(&mut self, handle: Handle<D>, noted: Snapshot, pin: Arc<Pin<D>>) {
-        self.held.push(Held { pin, noted, written: Vec::new(), handle });
+        self.held.push(Held { pin, noted, written: Vec::new(), recorded: None, handle });
     }
 
     /// How many objects it has.
@@ -119,6 +121,25 @@ impl<D: Device> Lease<D> {
         );
         if !bytes.is_empty() {
             held.written.push(bytes);
+        }
+    }
+
+    /// Records into `commands` what makes the device's copies of the objects current, for engines that upload with their own work. Comes before
+    /// what reads them, in each submit that does. Does nothing for objects that the device reads where they are, and on devices that upload by
+    /// themselves.
+    ///
+    /// Recorded for the one submit of this lease: other work, or the same commands once more, would bring bytes that are out of date. Where the
+    /// submit fails, or never comes, the next lease records what this one did.
+    ///
+    /// # Safety
+    /// 1. `commands` are being recorded, and may have copies recorded into them: for Vulkan, a primary command buffer of the manager's device, outside
+    ///    a render pass, that only this thread uses.
+    /// 2. They are submitted by [`submit`](Self::submit) of this lease (merged or not), or not at all.
+    pub unsafe fn record_uploads(&mut self, commands: D::Commands) {
+        for held in &mut self.held {
+            let device = held.handle.object.engine.device();
+            // SAFETY: the contract is the same.
+            held.recorded = Some(unsafe { device.record_upload(held.pin.import(), commands) });
         }
     }
 
@@ -180,6 +201,14 @@ impl<D: Device> Lease<D> {
             uses.end(&*engine.space);
             count(&self.held, Submit::IsRefused);
             return Err(SubmitError::Rejected { error, lease: self });
+        }
+        // After a panic nobody knows, and what is recorded once more does no harm.
+        if result.is_ok() {
+            for held in &self.held {
+                if let Some(mark) = held.recorded {
+                    engine.device().uploaded(held.pin.import(), mark);
+                }
+            }
         }
         let pending = Flight::launch(underway, self.held, uses, writes, signals);
         match result {

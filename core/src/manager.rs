@@ -232,6 +232,12 @@ impl<D: Device> Manager<D> {
         Ok(self.engine().space.invalidate(range, Cause::Manual)?)
     }
 
+    /// Says that the device is lost, which a call of the program's own has answered: from now on every call here says so, and what was taken is
+    /// given back. What the device finds out by itself needs no such word.
+    pub fn note_lost(&self) {
+        self.engine().lose();
+    }
+
     /// The objects of this manager over an address.
     ///
     /// # Errors

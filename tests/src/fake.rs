@@ -199,6 +199,7 @@ impl Device for FakeDevice {
     type Prepared = ();
     type Import = FakeImport;
     type Signal = Fence;
+    type Commands = ();
 
     fn prepare(&self, request: &Request<'_>) -> Result<Preparation<()>, DeviceError> {
         self.state().counts.prepared += 1;

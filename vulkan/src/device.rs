@@ -36,7 +36,7 @@ pub struct VulkanDevice {
     aliases: Arc<AliasCache>,
     blocks: Arc<Blocks>,
     mirrors: Arc<MirrorHeap>,
-    /// Where the engine has lent a queue for it.
+    /// Where the engine has lent a queue for it; `None` also where it records the copies itself.
     uploader: Mutex<Option<Arc<Uploader>>>,
     rules: Rules,
     pub(crate) dmabuf_trial: OnceLock<Result<(), MirrorReason>>,
@@ -99,9 +99,10 @@ impl VulkanDevice {
         };
         let space = Space::get(config.deadline).map_err(pinfold_core::Error::from)?;
         let mirrors = Arc::new(MirrorHeap::new(&gpu, &space, config)?);
-        let lent = config.uploads.clone().map(|uploads| Uploader::new(&gpu, &mirrors, uploads).map(Arc::new));
-        let uploader =
-            lent.transpose().map_err(|code| SetupError::Vulkan { call: "making a command pool and a fence", code })?;
+        let uploader = match &config.uploads {
+            Some(uploads) => Uploader::new(&gpu, &mirrors, uploads)?.map(Arc::new),
+            None => None,
+        };
         Ok(Self {
             completion: Completion::new(&gpu),
             trials: Trials::default(),
@@ -168,6 +169,10 @@ impl VulkanDevice {
     #[must_use]
     pub fn copied_bytes(&self) -> u64 {
         self.mirrors.copied()
+    }
+
+    pub(crate) fn note_lost(&self) {
+        let _ = self.gpu.saw(vk::Result::ERROR_DEVICE_LOST);
     }
 
     /// The path that is forced, by the environment or the configuration.
@@ -258,6 +263,7 @@ impl Device for VulkanDevice {
     type Prepared = Prepared;
     type Import = Import;
     type Signal = Signal;
+    type Commands = vk::CommandBuffer;
 
     fn prepare(&self, request: &Request<'_>) -> Result<Preparation<Prepared>, DeviceError> {
         self.gpu.check_alive()?;
@@ -340,6 +346,20 @@ impl Device for VulkanDevice {
         match import.store() {
             Store::Imported(_) => Ok(()),
             Store::Mirrored(mirror) => mirror.refresh(),
+        }
+    }
+
+    unsafe fn record_upload(&self, import: &Import, commands: vk::CommandBuffer) -> u64 {
+        match import.store() {
+            Store::Imported(_) => 0,
+            // SAFETY: the contract is the same.
+            Store::Mirrored(mirror) => unsafe { mirror.record(self.gpu.device(), commands) },
+        }
+    }
+
+    fn uploaded(&self, import: &Import, mark: u64) {
+        if let Store::Mirrored(mirror) = import.store() {
+            mirror.submitted(mark);
         }
     }
 

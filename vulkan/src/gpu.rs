@@ -102,6 +102,10 @@ impl Gpu {
         &self.context.device
     }
 
+    pub(crate) fn has_timelines(&self) -> bool {
+        self.wait_semaphores.is_some()
+    }
+
     pub(crate) fn is_lost(&self) -> bool {
         self.lost.load(Ordering::Relaxed)
     }

@@ -14,6 +14,7 @@ use ash::vk;
 use pinfold_core::{Access, DeviceError, Path, Request};
 use pinfold_invalidate::{HostRange, Protection};
 
+use crate::Timeline;
 use crate::alias::Alias;
 use crate::block::{Block, Blocks, Listed};
 use crate::gpu::{Gpu, OwnedBuffer};
@@ -55,7 +56,7 @@ pub struct Chunk {
 /// What keeps the buffers alive.
 pub(crate) enum Store {
     Imported(Box<[ImportPiece]>),
-    Mirrored(Mirror),
+    Mirrored(Box<Mirror>),
 }
 
 impl Import {
@@ -70,6 +71,18 @@ impl Import {
     #[must_use]
     pub fn path(&self) -> Path {
         self.path
+    }
+
+    /// What work that reads it waits for, where uploads are [ordered](crate::Uploads::ordered): a timeline semaphore of the manager's, which reaches
+    /// this value when the bytes that the acquire asked for have arrived. `None` where they are there already.
+    ///
+    /// The semaphore lives as long as this import.
+    #[must_use]
+    pub fn uploaded(&self) -> Option<Timeline> {
+        match &self.store {
+            Store::Imported(_) => None,
+            Store::Mirrored(mirror) => mirror.uploaded(),
+        }
     }
 
     /// Where the program has the first page of it, if it is an import of an alias.

@@ -83,6 +83,7 @@ mod manager;
 mod mirror;
 mod path;
 mod probe;
+mod recorded;
 mod requirements;
 mod upload;
 

@@ -42,6 +42,14 @@ impl Manager {
         Ok(Self(pinfold_core::Manager::new(device, config.objects())?))
     }
 
+    /// Says that a call of the program's own has answered `VK_ERROR_DEVICE_LOST`, a submit for instance. Work under way then ends as
+    /// [`Outcome::Lost`](crate::Outcome::Lost) within moments, and every call says that the device is lost. What calls of this crate answer is
+    /// noticed without that.
+    pub fn note_lost(&self) {
+        self.device().note_lost();
+        self.0.note_lost();
+    }
+
     /// What the device says of itself.
     #[must_use]
     pub fn capabilities(&self) -> &Capabilities {

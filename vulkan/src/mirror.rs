@@ -28,8 +28,9 @@ use crate::budget::check_heap;
 use crate::copy::{self, Piece};
 use crate::gpu::{Gpu, OwnedBuffer};
 use crate::import::{Import, Store};
+use crate::recorded::{Recorded, inside};
 use crate::upload::Uploader;
-use crate::{Config, MirrorPlace, SetupError};
+use crate::{Config, MirrorPlace, SetupError, Timeline, Uploads};
 
 /// Blocks that small mirrors share start at this size and double up to [`LARGEST_BLOCK`]. A larger mirror gets memory of its own.
 const FIRST_BLOCK: u64 = 4 << 20;
@@ -46,6 +47,8 @@ pub(crate) struct MirrorHeap {
     /// The families of the queues that use mirrors, if they are several.
     families: Box<[u32]>,
     place: MirrorPlace,
+    /// The engine records uploads into its own commands.
+    recorded: bool,
     sole_writer: bool,
     /// Bytes copied so far.
     copied: AtomicU64,
@@ -96,6 +99,7 @@ impl MirrorHeap {
             }),
             families: config.uploads.as_ref().map_or_else(Box::default, |uploads| uploads.families().into()),
             place,
+            recorded: config.uploads.as_ref().is_some_and(Uploads::is_recorded),
             sole_writer: config.sole_writer,
             copied: AtomicU64::new(0),
         })
@@ -175,7 +179,7 @@ impl MirrorPiece {
         self.block.mapped
     }
 
-    fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         usize::try_from(self.size).expect("a piece is a part of a range")
     }
 }
@@ -210,10 +214,21 @@ impl Drop for Block {
 pub(crate) struct Mirror {
     range: HostRange,
     pieces: Box<[MirrorPiece]>,
-    /// How pieces the host doesn't see are filled.
-    uploader: Option<Arc<Uploader>>,
+    fill: Fill,
+    /// The value of the last upload.
+    uploaded: AtomicU64,
     /// Held while the copy is made current.
     state: Mutex<State>,
+}
+
+/// How pieces are filled.
+enum Fill {
+    /// By this process, which sees them.
+    Here,
+    /// Through a queue of the engine's.
+    Queue(Arc<Uploader>),
+    /// By the engine's own work.
+    Recorded(Recorded),
 }
 
 struct State {
@@ -249,20 +264,30 @@ pub(crate) fn mirror(
         }
         (Access::Read, _) => (MemoryLocation::CpuToGpu, usage),
     };
-    let mut pieces = Vec::new();
+    let recorded = heap.recorded && location == MemoryLocation::GpuOnly;
+    let (mut pieces, mut stages) = (Vec::new(), Vec::new());
     while rest > 0 {
         let size = rest.min(gpu.caps.chunk_size);
         pieces.push(heap.block(request.range, size, usage, location, request.label)?);
+        if recorded {
+            let (from, staging) = (vk::BufferUsageFlags::TRANSFER_SRC, MemoryLocation::CpuToGpu);
+            stages.push(heap.block(request.range, size, from, staging, "pinfold staging")?);
+        }
         rest -= size;
     }
     let chunks: Vec<_> = pieces.iter().map(|piece| (piece.buffer.raw, piece.size)).collect();
     // Where there is no cursor, a copy in full is what the first answer of one would be, too.
     let cursor = is_told(heap, request).then(|| DirtyCursor::new(&heap.space, request.range));
     let state = State { cursor, whole: true, expected: Vec::new(), owed: Vec::new(), dirty: Vec::new() };
-    let uploader = uploader.filter(|_| location == MemoryLocation::GpuOnly).cloned();
-    let mirror = Mirror { range: request.range, pieces: pieces.into(), uploader, state: Mutex::new(state) };
+    let fill = match uploader.filter(|_| location == MemoryLocation::GpuOnly) {
+        _ if recorded => Fill::Recorded(Recorded::new(stages.into())),
+        Some(uploader) => Fill::Queue(Arc::clone(uploader)),
+        None => Fill::Here,
+    };
+    let (pieces, state) = (pieces.into(), Mutex::new(state));
+    let mirror = Mirror { range: request.range, pieces, fill, uploaded: AtomicU64::new(0), state };
     mirror.refresh()?;
-    Ok(Import::new(path, chunks.into_iter(), Store::Mirrored(mirror)))
+    Ok(Import::new(path, chunks.into_iter(), Store::Mirrored(Box::new(mirror))))
 }
 
 /// Whether every write to the request's memory is told.
@@ -277,7 +302,9 @@ fn is_told(heap: &MirrorHeap, request: &Request<'_>) -> bool {
 impl Drop for Mirror {
     fn drop(&mut self) {
         // An upload that took too long may still be writing to the buffers, which then can't be destroyed.
-        if self.uploader.as_ref().is_some_and(|uploader| !uploader.is_idle()) {
+        if let Fill::Queue(uploader) = &self.fill
+            && !uploader.is_idle()
+        {
             std::mem::forget(std::mem::take(&mut self.pieces));
         }
     }
@@ -318,25 +345,55 @@ impl Mirror {
 
     fn copy(&self, parts: &[Range<usize>]) -> Result<(), DeviceError> {
         let mut first = 0;
-        for piece in &self.pieces {
-            let inside = first..first + piece.len();
-            let pieces: Vec<_> = parts
-                .iter()
-                .map(|part| part.start.max(inside.start)..part.end.min(inside.end))
-                .filter(|part| !part.is_empty())
+        for (number, piece) in self.pieces.iter().enumerate() {
+            let pieces: Vec<_> = inside(parts, first..first + piece.len())
                 .map(|part| Piece { from: self.range.start() + part.start, at: part.start - first, len: part.len() })
                 .collect();
-            match (&self.uploader, piece.mapped()) {
-                (Some(uploader), _) => uploader.upload(self.range, piece.raw(), &pieces)?,
-                (None, Some(mapped)) => {
-                    // SAFETY: the block has room for the piece's size, is mapped, and is written by nobody but such copies and the device.
-                    unsafe { copy::read_pieces(mapped, &pieces) }.map_err(|errno| vanished(self.range, errno))?;
+            let seen = match &self.fill {
+                Fill::Here => piece,
+                Fill::Recorded(recorded) => &recorded.stages[number],
+                Fill::Queue(uploader) => {
+                    let value = uploader.upload(self.range, piece.raw(), &pieces)?;
+                    self.uploaded.fetch_max(value, Ordering::Relaxed); // read by those who hold, or held, the mirror's lock
+                    first += piece.len();
+                    continue;
                 }
-                (None, None) => unreachable!("memory that the host doesn't see has an uploader"),
-            }
-            first = inside.end;
+            };
+            let mapped = seen.mapped().expect("memory that the host doesn't see is not filled by it");
+            // SAFETY: the block has room for the piece's size, is mapped, and is written by nobody but such copies and the device.
+            unsafe { copy::read_pieces(mapped, &pieces) }.map_err(|errno| vanished(self.range, errno))?;
+            first += piece.len();
+        }
+        if let Fill::Recorded(recorded) = &self.fill {
+            recorded.staged(parts);
         }
         Ok(())
+    }
+
+    /// When the last upload is over, where nobody has waited for it.
+    pub(crate) fn uploaded(&self) -> Option<Timeline> {
+        let Fill::Queue(uploader) = &self.fill else { return None };
+        let value = self.uploaded.load(Ordering::Relaxed);
+        uploader.timeline().filter(|_| value > 0).map(|semaphore| Timeline { semaphore, value })
+    }
+
+    /// Records what the device has not been sent.
+    ///
+    /// # Safety
+    /// That of [`Recorded::record`].
+    pub(crate) unsafe fn record(&self, device: &ash::Device, commands: vk::CommandBuffer) -> u64 {
+        match &self.fill {
+            // SAFETY: the contract is the same.
+            Fill::Recorded(recorded) => unsafe { recorded.record(device, commands, &self.pieces) },
+            Fill::Here | Fill::Queue(_) => 0,
+        }
+    }
+
+    /// What was recorded up to this stamp has been submitted.
+    pub(crate) fn submitted(&self, stamp: u64) {
+        if let Fill::Recorded(recorded) = &self.fill {
+            recorded.submitted(stamp);
+        }
     }
 
     /// These bytes are about to be written by the device, and are not to be overwritten.
@@ -418,7 +475,7 @@ impl Mirror {
 }
 
 /// Sorts ranges and joins those that touch.
-fn join(parts: &mut Vec<Range<usize>>) {
+pub(crate) fn join(parts: &mut Vec<Range<usize>>) {
     parts.sort_unstable_by_key(|part| part.start);
     parts.dedup_by(|next, last| {
         let touch = next.start <= last.end;

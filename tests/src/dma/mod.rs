@@ -112,6 +112,7 @@ impl Device for DmaDevice {
     type Prepared = ();
     type Import = DmaImport;
     type Signal = Fence;
+    type Commands = ();
 
     fn prepare(&self, _: &Request<'_>) -> Result<Preparation<()>, DeviceError> {
         // Whether a range is pinnable only the kernel knows, and it tells when it is asked to pin.
