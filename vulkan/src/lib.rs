@@ -49,6 +49,7 @@
 //! A range over private and shared memory, or over parts of several files, is imported as it is. What a device refuses is found out by trial,
 //! once for each [`MappingKind`] ([`VulkanDevice::trials`] is the table). For people who debug, `PINFOLD_FORCE=mirror`, `import`, `alias` or `dmabuf` in the
 //! environment takes one way for everything ([`Force`]). Memory of other processes comes in as a dma-buf: [`dmabuf`].
+//! Memory that another device of the same driver has allocated comes in as it is: [`opaque`].
 
 // Driver tests inside and outside the crate share one fixture, which names the crate from outside.
 #[cfg(test)]
@@ -81,6 +82,7 @@ mod image;
 mod import;
 mod manager;
 mod mirror;
+pub mod opaque;
 mod path;
 mod probe;
 mod recorded;

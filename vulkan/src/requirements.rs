@@ -67,11 +67,11 @@ pub fn requirements(instance: &ash::Instance, physical: vk::PhysicalDevice) -> R
     if !v1_1 {
         extensions.extend(listed.name(khr::external_memory::NAME));
     }
-    // The second of these two is useless without the first, and the third matters with both.
-    let dmabuf = [khr::external_memory_fd::NAME, ext::external_memory_dma_buf::NAME];
-    if dmabuf.into_iter().all(|name| listed.has(name)) {
-        extensions
-            .extend(dmabuf.into_iter().chain([ext::queue_family_foreign::NAME]).filter_map(|name| listed.name(name)));
+    // By itself this one brings memory of other devices; the second is useless without it, and the third matters with both.
+    extensions.extend(listed.name(khr::external_memory_fd::NAME));
+    if [khr::external_memory_fd::NAME, ext::external_memory_dma_buf::NAME].into_iter().all(|name| listed.has(name)) {
+        let dmabuf = [ext::external_memory_dma_buf::NAME, ext::queue_family_foreign::NAME];
+        extensions.extend(dmabuf.into_iter().filter_map(|name| listed.name(name)));
     }
     for name in [ext::external_memory_host::NAME, khr::timeline_semaphore::NAME, ext::memory_budget::NAME] {
         extensions.extend(listed.name(name));
