@@ -23,7 +23,7 @@ fn every_test_that_the_table_of_quirks_names_exists() {
         return;
     }
     let mut text = String::new();
-    for folder in ["src", "tests", "../tests/tests"] {
+    for folder in ["src", "tests", "../core/tests", "../tests/tests"] {
         sources(&root.join(folder), &mut text);
     }
     let table = include_str!("../src/quirks.md");

@@ -15,7 +15,10 @@ use fixture::{GENEROUS, acquire, refresh};
 use memory::{Memory, memfd};
 use pinfold_core::{Access, Device as _, DeviceError, MirrorReason, Outcome, Path};
 use pinfold_invalidate::{HostRange, page_size};
-use pinfold_vulkan::{Config, Error, Force, Manager, SetupError, Signal, Timeline, TrialResult, VulkanDevice};
+use pinfold_vulkan::{
+    Config, Error, Force, Manager, MirrorPlace, SetupError, Signal, SubmitError, Timeline, TrialResult, Uploads,
+    VulkanDevice,
+};
 use script::{PASS, Scripted};
 
 fn open(scripted: &Scripted, force: Option<Force>) -> VulkanDevice {
@@ -248,6 +251,95 @@ fn a_device_lost_under_running_work_ends_every_submit_and_every_acquire() {
     // SAFETY: nobody waits for it any more.
     unsafe { scripted.fixture.device.destroy_fence(fence, None) };
     semaphores.into_iter().for_each(|semaphore| scripted.fixture.destroy_semaphore(semaphore));
+}
+
+#[test]
+fn a_driver_that_cuts_sizes_to_32_bits_imports_more_than_4_gib_all_the_same() {
+    let Some(scripted) = Scripted::new() else { return };
+    scripted.script().truncates.store(1, SeqCst);
+    let (device, end) = (open(&scripted, None), 4_usize << 30);
+    // Only the pages that are written are there.
+    let memory = Memory::anonymous(end / page_size() + 3);
+    for at in [0, end - 1, end, memory.range().len() - 1] {
+        memory.write(at, 77);
+    }
+    let import = acquire(&device, memory.range(), Access::Read).unwrap();
+    assert_eq!(import.path(), Path::Import);
+    assert_eq!(import.chunks().iter().map(|chunk| chunk.size).sum::<u64>(), memory.range().len() as u64);
+    let read = |at: usize, size| scripted.fixture.read(&import, at as u64, size);
+    assert_eq!(read(0, 4), [77, 0, 0, 0]);
+    assert_eq!(read(end - 4, 8), [0, 0, 0, 77, 77, 0, 0, 0]);
+    assert_eq!(read(memory.range().len() - 4, 4), [0, 0, 0, 77]);
+}
+
+#[test]
+fn a_device_lost_in_a_submit_of_the_engines_is_lost_when_the_engine_says_so() {
+    let Some(scripted) = Scripted::new() else { return };
+    let context = scripted.context();
+    let (device, queue) = (context.device.clone(), scripted.fixture.queue);
+    // SAFETY: the fixture's handles belong together; the manager and its leases are dropped first.
+    let manager = unsafe { Manager::new(context, Config::default()) }.unwrap();
+    let memory = Memory::anonymous(1);
+    // SAFETY: the mapping outlives the manager's work.
+    let object = unsafe { manager.register(memory.range(), Access::Read) }.unwrap();
+    let done = scripted.fixture.timeline();
+    let submit = |value| {
+        let lease = manager.acquire_timeout(&[&object], GENEROUS).unwrap();
+        // SAFETY: the fixture's queue, which this thread alone uses; no work accesses the object.
+        unsafe {
+            lease.submit([Timeline { semaphore: done, value }], || device.queue_submit(queue, &[], vk::Fence::null()))
+        }
+    };
+    let before = submit(1).unwrap();
+    scripted.script().submit.store(vk::Result::ERROR_DEVICE_LOST.as_raw(), SeqCst);
+    match submit(2) {
+        Err(SubmitError::Rejected { error, .. }) => assert_eq!(error, vk::Result::ERROR_DEVICE_LOST),
+        other => panic!("{other:?}"),
+    }
+    manager.note_lost();
+    assert_eq!(before.wait(GENEROUS), Some(Outcome::Lost), "its signal will never come");
+    match manager.acquire_timeout(&[&object], GENEROUS) {
+        Err(Error::Device(error)) => assert!(matches!(*error, DeviceError::Lost)),
+        other => panic!("{other:?}"),
+    }
+    drop((object, before, manager));
+    scripted.fixture.destroy_semaphore(done);
+}
+
+#[test]
+fn a_device_lost_in_the_submit_of_an_upload_is_lost_for_good() {
+    let Some(scripted) = Scripted::new() else { return };
+    let (context, mut config, memory) = (scripted.context(), Config::default(), Memory::anonymous(1));
+    let (device, queue) = (context.device.clone(), scripted.fixture.queue);
+    (config.force, config.mirrors) = (Some(Force::Mirror), MirrorPlace::DeviceLocal);
+    // SAFETY: the fixture's only queue is of family 0, and this test uses it on one thread.
+    let submit = move |work: &[vk::SubmitInfo<'_>], fence| unsafe { device.queue_submit(queue, work, fence) };
+    // SAFETY: see above.
+    config.uploads = Some(unsafe { Uploads::new([0], submit) });
+    // SAFETY: the fixture's handles belong together; the device and its imports are dropped first.
+    let device = unsafe { VulkanDevice::new(context, &config) }.unwrap();
+    drop(acquire(&device, memory.range(), Access::Read).unwrap());
+    scripted.script().submit.store(vk::Result::ERROR_DEVICE_LOST.as_raw(), SeqCst);
+    assert!(matches!(acquire(&device, memory.range(), Access::Read), Err(DeviceError::Lost)));
+    scripted.script().submit.store(PASS, SeqCst);
+    assert!(matches!(acquire(&device, memory.range(), Access::Read), Err(DeviceError::Lost)));
+}
+
+#[test]
+fn imports_are_never_mapped_and_nothing_is_exported() {
+    let Some(scripted) = Scripted::new() else { return };
+    for (force, access) in [(None, Access::ReadWrite), (None, Access::Read), (Some(Force::Mirror), Access::ReadWrite)] {
+        let device = open(&scripted, force);
+        for memory in [Memory::anonymous(3), Memory::of_file(&memfd(3), 3, true)] {
+            memory.fill();
+            let import = acquire(&device, memory.range(), access).unwrap();
+            refresh(&device, &import, memory.range()).unwrap();
+            device.release(import);
+        }
+    }
+    let script = scripted.script();
+    assert!(script.maps.load(SeqCst) > 0, "mirrors are mapped, so the count counts");
+    assert_eq!((script.maps_of_imports.load(SeqCst), script.exports.load(SeqCst)), (0, 0));
 }
 
 #[test]
