@@ -166,7 +166,8 @@ mod tests {
     fn one_who_never_records_costs_no_memory_and_loses_nothing() {
         let recorded = Recorded::new(Box::default());
         for at in 0..50_000 {
-            recorded.staged(&[at * 20..at * 20 + 10]);
+            let part = at * 20..at * 20 + 10;
+            recorded.staged(std::slice::from_ref(&part));
             assert!(recorded.unsent().parts.len() <= KEPT);
         }
         let stamp = recorded.unsent().stamp;

@@ -285,10 +285,10 @@ fn a_device_lost_in_a_submit_of_the_engines_is_lost_when_the_engine_says_so() {
     let done = scripted.fixture.timeline();
     let submit = |value| {
         let lease = manager.acquire_timeout(&[&object], GENEROUS).unwrap();
-        // SAFETY: the fixture's queue, which this thread alone uses; no work accesses the object.
-        unsafe {
-            lease.submit([Timeline { semaphore: done, value }], || device.queue_submit(queue, &[], vk::Fence::null()))
-        }
+        // SAFETY: the fixture's queue, which this thread alone uses.
+        let nothing = || unsafe { device.queue_submit(queue, &[], vk::Fence::null()) };
+        // SAFETY: no work accesses the object.
+        unsafe { lease.submit([Timeline { semaphore: done, value }], nothing) }
     };
     let before = submit(1).unwrap();
     scripted.script().submit.store(vk::Result::ERROR_DEVICE_LOST.as_raw(), SeqCst);
