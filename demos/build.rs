@@ -8,7 +8,7 @@ use naga::valid::{Capabilities, ValidationFlags, Validator};
 
 fn main() -> Result<()> {
     let out = env::var_os("OUT_DIR").context("cargo sets OUT_DIR")?;
-    for name in ["mesh", "particles"] {
+    for name in ["frame", "mesh", "particles"] {
         let source = format!("shaders/{name}.wgsl");
         println!("cargo::rerun-if-changed={source}");
         let words = translate(&fs::read_to_string(&source)?)?;
