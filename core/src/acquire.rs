@@ -273,7 +273,7 @@ impl<D: Device> Object<D> {
         let import = self.engine.device().import_dmabuf(&self.request(&[], false), part)?;
         let pin = Pin::new(import, noted.generation, charge);
         let (path, home) = (pin.path, self.engine.space.home(self.range));
-        if let Err(pin) = self.publish(noted, token, home, Coverage::Manual(ManualReason::Asked), pin) {
+        if let Err(pin) = self.publish(noted, token, home, Coverage::Manual(ManualReason::NotMapped), pin) {
             pin.release();
             return Ok(Attempt::Moved);
         }

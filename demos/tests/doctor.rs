@@ -4,8 +4,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use pinfold_core::dmabuf::Heap;
+use pinfold_core::{HostBuffer, HostBufferKind, HugePages};
 use pinfold_demos::device::{Gpu, Validation};
-use pinfold_vulkan::{Access, Config, HostRange, Manager, MappingKind, Path, Source, page_size};
+use pinfold_vulkan::{Access, Config, HostRange, Manager, MappingKind, Path, Source, Support, page_size};
 use serde_json::Value;
 
 #[allow(dead_code, reason = "each test file uses another part of it")]
@@ -96,6 +98,28 @@ fn the_path_and_the_coverage_of_every_kind_are_those_that_objects_get() {
     drop((object, manager));
     // SAFETY: the mapping is this test's.
     unsafe { munmap(at, len) }.unwrap();
+}
+
+#[test]
+fn what_it_says_of_dma_bufs_is_what_happens_to_one() {
+    let (Some(report), Some(text)) = (json(None), doctor(&[], None)) else { return };
+    let sample = HostBuffer::new(1, HostBufferKind::Exportable, HugePages::No).unwrap();
+    let exported = sample.export_dmabuf(0..sample.size());
+    let said = &report["kernel"]["udmabuf"];
+    assert_eq!(said["usable"], exported.is_ok());
+    assert_eq!(said["error"].as_str().map(str::to_owned), exported.as_ref().err().map(ToString::to_string));
+    let heaps: Vec<_> = Heap::names().into_iter().map(Value::from).collect();
+    assert_eq!(report["kernel"]["dma_heaps"], Value::from(heaps));
+
+    let gpu = Gpu::open_at(0, Validation::Off).unwrap();
+    // SAFETY: the handles are the device's own, and the manager is dropped first.
+    let manager = unsafe { Manager::new(gpu.context(), Config::default()) }.unwrap();
+    let (usable, trial) = (manager.capabilities().dmabuf == Support::Usable, manager.device().dmabuf_trial());
+    let said = report["devices"][0]["dmabuf_import"].as_str().unwrap();
+    assert_eq!(said.starts_with("yes"), trial.is_ok(), "{said}");
+    assert_eq!(said.starts_with("not tried"), usable && exported.is_err(), "{said}");
+    assert_eq!(said.contains("VK_EXT_external_memory_dma_buf"), !usable, "{said}");
+    assert!(text.contains(said), "{text}");
 }
 
 #[test]

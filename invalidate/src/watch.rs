@@ -52,6 +52,8 @@ pub enum ManualReason {
     NoUserfaultfd,
     /// The caller said so when it registered.
     Asked,
+    /// The range is only a name: nothing is mapped there, and what it stands for (a dma-buf) doesn't change hands in this process.
+    NotMapped,
 }
 
 /// Why a mutator isn't held.

@@ -73,6 +73,7 @@ fn the_device_reads_and_writes_a_buffer_where_it_is() {
     let object = manager.register_dmabuf(whole(buffer), Access::ReadWrite, "frame").unwrap();
     let lease = manager.acquire_timeout(&[&object], GENEROUS).unwrap();
     assert_eq!(lease.view(0).path, Path::DmaBuf);
+    assert_eq!(object.coverage(), Some(Coverage::Manual(ManualReason::NotMapped)));
     assert_eq!(fixture.read(&lease.view(0), 0, lease.view(0).size), bytes_of(&host));
     fixture.write(&lease.view(0), 0x5a5a_5a5a);
     assert!(bytes_of(&host).iter().all(|&byte| byte == 0x5a), "the device wrote into the program's own pages");

@@ -8,10 +8,10 @@ use anyhow::{Context, Result};
 use ash::{ext, khr, vk};
 use pinfold_demos::device::{Gpu, Validation};
 use pinfold_demos::resource::Buffer;
-use pinfold_vulkan::{Access, Config, Manager, MappingKind, Path, Userptr};
+use pinfold_vulkan::{Access, Config, Manager, MappingKind, MirrorReason, Path, Support, Userptr};
 use serde::Serialize;
 
-use crate::kernel::field;
+use crate::kernel::{Kernel, field};
 use crate::memory::Sample;
 
 /// How much of each kind of memory is imported and copied: 16 MiB.
@@ -56,6 +56,8 @@ pub(crate) struct Found {
     pub(crate) heaps: Vec<Heap>,
     /// Bytes that were pinned by an import of [`SAMPLE`] bytes, as the kernel counts them (VmPin).
     pub(crate) pinned: Option<u64>,
+    /// The answer to the import of a dma-buf, or why none was tried.
+    pub(crate) dmabuf_import: String,
     pub(crate) forced: Option<String>,
     pub(crate) memory: Vec<Row>,
 }
@@ -119,7 +121,7 @@ pub(crate) struct Row {
 }
 
 impl Device {
-    pub(crate) fn ask(index: usize, validation: Validation) -> Self {
+    pub(crate) fn ask(index: usize, validation: Validation, kernel: &Kernel) -> Self {
         let gpu = match Gpu::open_at(index, validation) {
             Ok(gpu) => gpu,
             Err(error) => {
@@ -134,7 +136,7 @@ impl Device {
             vk::PhysicalDeviceType::CPU => "CPU driver",
             _ => "other",
         };
-        let (found, error) = match Found::ask(&gpu) {
+        let (found, error) = match Found::ask(&gpu, kernel) {
             Ok(found) => (Some(found), None),
             Err(error) => (None, Some(format!("{error:#}"))),
         };
@@ -143,7 +145,7 @@ impl Device {
 }
 
 impl Found {
-    fn ask(gpu: &Gpu) -> Result<Self> {
+    fn ask(gpu: &Gpu, kernel: &Kernel) -> Result<Self> {
         // SAFETY: the handles are the device's own, and the manager is dropped before it.
         let manager = unsafe { Manager::new(gpu.context(), Config::default()) }?;
         let rows = MappingKind::ALL.into_iter().map(|kind| Row::ask(gpu, &manager, kind)).collect();
@@ -169,6 +171,7 @@ impl Found {
             memory_types: memory_types(gpu),
             heaps: heaps(gpu),
             pinned,
+            dmabuf_import: dmabuf_import(&manager, kernel),
             forced: manager.device().forced().map(|force| format!("{force:?}")),
             memory: rows,
         };
@@ -247,6 +250,18 @@ fn in_words(path: Path) -> String {
 fn median(mut times: Vec<Duration>) -> f64 {
     times.sort_unstable();
     (times[times.len() / 2].as_secs_f64() * 1e7).round() / 10.0
+}
+
+/// Whether the device takes a dma-buf of this process's memory.
+fn dmabuf_import(manager: &Manager, kernel: &Kernel) -> String {
+    let supported = manager.capabilities().dmabuf;
+    match (manager.device().dmabuf_trial(), &kernel.udmabuf.error) {
+        _ if supported != Support::Usable => format!("no: {supported}"),
+        (Ok(()), _) => "yes: one was made and imported".into(),
+        (Err(_), Some(_)) => "not tried, as none can be made here; the device says that it can".into(),
+        (Err(MirrorReason::Refused(code)), None) => format!("no: refused with {:?}", vk::Result::from_raw(code)),
+        (Err(reason), None) => format!("no: {reason:?}"),
+    }
 }
 
 /// What the kernel counts as pinned while a sample is imported, less what it counted before.

@@ -1,11 +1,12 @@
 //! What the kernel lets an ordinary program watch, and how much of it.
 
-use std::fs::{self, File};
+use std::fs;
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::path::Path;
 
 use nix::libc;
 use nix::sys::resource::{Resource, getrlimit};
+use pinfold_core::dmabuf::Heap;
+use pinfold_core::{HostBuffer, HostBufferKind, HugePages};
 use serde::Serialize;
 
 #[derive(Serialize)]
@@ -24,7 +25,7 @@ pub(crate) struct Kernel {
     pub(crate) descriptors: Option<u64>,
     pub(crate) memory_total: Option<u64>,
     pub(crate) memory_available: Option<u64>,
-    pub(crate) udmabuf: Node,
+    pub(crate) udmabuf: Udmabuf,
     pub(crate) dma_heaps: Vec<String>,
 }
 
@@ -43,13 +44,11 @@ pub(crate) struct Userfaultfd {
     pub(crate) features: u64,
 }
 
-/// A device node.
-#[derive(Serialize, Clone, Copy, PartialEq, Eq)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Node {
-    Missing,
-    Forbidden,
-    Usable,
+/// Whether memory can be exported as a dma-buf, found out by doing it.
+#[derive(Serialize)]
+pub(crate) struct Udmabuf {
+    pub(crate) usable: bool,
+    pub(crate) error: Option<String>,
 }
 
 impl Kernel {
@@ -72,19 +71,17 @@ impl Kernel {
             descriptors: limit(Resource::RLIMIT_NOFILE),
             memory_total: field("/proc/meminfo", "MemTotal:").map(|kib| kib * 1024),
             memory_available: field("/proc/meminfo", "MemAvailable:").map(|kib| kib * 1024),
-            udmabuf: Node::of(Path::new("/dev/udmabuf")),
-            dma_heaps: names("/dev/dma_heap"),
+            udmabuf: Udmabuf::ask(),
+            dma_heaps: Heap::names(),
         }
     }
 }
 
-impl Node {
-    fn of(path: &Path) -> Self {
-        match File::options().read(true).write(true).open(path) {
-            Ok(_) => Self::Usable,
-            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => Self::Forbidden,
-            Err(_) => Self::Missing,
-        }
+impl Udmabuf {
+    fn ask() -> Self {
+        let sample = HostBuffer::new(1, HostBufferKind::Exportable, HugePages::No).map_err(|error| error.to_string());
+        let exported = sample.and_then(|it| it.export_dmabuf(0..it.size()).map_err(|error| error.to_string()));
+        Self { usable: exported.is_ok(), error: exported.err() }
     }
 }
 
@@ -133,14 +130,4 @@ fn number(path: &str) -> Option<u64> {
 pub(crate) fn field(path: &str, name: &str) -> Option<u64> {
     let text = fs::read_to_string(path).ok()?;
     text.lines().find_map(|line| line.strip_prefix(name))?.split_whitespace().next()?.parse().ok()
-}
-
-fn names(folder: &str) -> Vec<String> {
-    let mut names: Vec<_> = fs::read_dir(folder)
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
-        .collect();
-    names.sort();
-    names
 }

@@ -58,7 +58,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let kernel = Kernel::ask();
     let (devices, no_devices) = match Gpu::count() {
         Ok(0) => (Vec::new(), Some("the Vulkan loader knows no device".to_owned())),
-        Ok(count) => ((0..count).map(|n| Device::ask(n, validation())).collect(), None),
+        Ok(count) => ((0..count).map(|n| Device::ask(n, validation(), &kernel)).collect(), None),
         Err(error) => (Vec::new(), Some(format!("{error:#}"))),
     };
     let advice = advice::advice(&kernel, &devices);

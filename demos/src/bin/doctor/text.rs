@@ -4,7 +4,7 @@ use std::fmt::{self, Display, Formatter};
 
 use crate::Report;
 use crate::device::{Device, Found, Row};
-use crate::kernel::{Kernel, Node};
+use crate::kernel::Kernel;
 
 /// Columns of text before a line of advice is broken.
 const WIDTH: usize = 110;
@@ -75,12 +75,15 @@ fn kernel(f: &mut Formatter<'_>, kernel: &Kernel) -> fmt::Result {
             ),
         )?;
     }
-    let udmabuf = match kernel.udmabuf {
-        Node::Missing => "no /dev/udmabuf: memory can't be exported as a dma-buf",
-        Node::Forbidden => "/dev/udmabuf is there, and this user may not open it",
-        Node::Usable => "/dev/udmabuf can be used",
-    };
-    line(f, "dma-buf export", udmabuf)?;
+    match &kernel.udmabuf.error {
+        None => line(f, "dma-buf export", "yes: memory was exported through /dev/udmabuf")?,
+        Some(error) => {
+            for (n, part) in error.split("; ").enumerate() {
+                let (name, no) = if n == 0 { ("dma-buf export", "no: ") } else { ("", "") };
+                line(f, name, format_args!("{no}{part}"))?;
+            }
+        }
+    }
     line(f, "dma-buf heaps", if kernel.dma_heaps.is_empty() { "none".into() } else { kernel.dma_heaps.join(", ") })
 }
 
@@ -143,6 +146,7 @@ fn found_out(f: &mut Formatter<'_>, found: &Found) -> fmt::Result {
         Some(count) => format!("{} (VmPin)", bytes(count)),
     };
     line(f, "an import pins", pinned)?;
+    line(f, "dma-buf import", &found.dmabuf_import)?;
     if let Some(force) = &found.forced {
         line(f, "forced", force)?;
     }
