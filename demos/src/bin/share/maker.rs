@@ -83,6 +83,7 @@ fn in_turn<R>(map: Option<&DmaBufMap>, fill: impl FnOnce() -> Result<R>) -> Resu
 }
 
 /// Draws rings that move, with all cores, where the viewer's device will see them.
+#[allow(clippy::cast_ptr_alignment, reason = "pixels of four bytes, from the start of a page on")]
 fn draw(host: &HostBuffer, width: u32, height: u32, frame: u32) -> Result<()> {
     let (centre_x, centre_y, turn) = (i64::from(width) / 2, i64::from(height) / 2, i64::from(frame) * 4);
     let scale = i64::from(width.max(height)).pow(2) / 4096 + 1;
