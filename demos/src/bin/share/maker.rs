@@ -92,7 +92,7 @@ fn draw(host: &HostBuffer, width: u32, height: u32, frame: u32) -> Result<()> {
             let (dx, dy) = (i64::from(x) - centre_x, i64::from(y) - centre_y);
             let ring = (dx * dx + dy * dy) / scale - turn;
             let channel = |speed: i64| {
-                let phase = ring * speed & 511;
+                let phase = (ring * speed) & 511;
                 u32::try_from(phase.min(511 - phase)).expect("at most 255")
             };
             let pixel = 0xff00_0000 | channel(5) << 16 | channel(3) << 8 | channel(2);
