@@ -105,7 +105,9 @@ pub(crate) fn run(inner: &Arc<Inner>) {
                 inner.owes.any.store(true, Ordering::Relaxed); // too much came in between: once more
             }
         }
-        inner.index.sweep();
+        if inner.index.sweep() > 0 {
+            inner.owes.any.store(true, Ordering::Relaxed); // somebody reads it still
+        }
         inner.owes.turn.wait(turn, Some(Instant::now() + LINGER));
     }
 }

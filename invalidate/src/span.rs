@@ -74,6 +74,10 @@ impl Space {
         }
         drop(ledger);
         drop(removed);
+        // A reader kept what this change, or one before it, has replaced, and the target with it. There may be no other change that frees it.
+        if inner.index.sweep() > 0 {
+            inner.owes.settling();
+        }
     }
 }
 
