@@ -290,6 +290,11 @@ impl Block {
         self.memory.raw
     }
 
+    /// The program's addresses that it shows.
+    pub(crate) fn program(&self) -> HostRange {
+        self.program
+    }
+
     pub(crate) fn gpu(&self) -> &Arc<Gpu> {
         self.memory.gpu()
     }

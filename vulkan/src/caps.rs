@@ -33,6 +33,8 @@ pub struct Capabilities {
     pub import: Support,
     /// Whether dma-bufs can be imported (`VK_EXT_external_memory_dma_buf`).
     pub dmabuf: Support,
+    /// Whether images can be made over them whose pixels lie as a DRM format modifier says (`VK_EXT_image_drm_format_modifier`).
+    pub modifiers: Support,
     /// Whether the driver tells how much memory is left.
     pub memory_budget: Support,
     /// Pointers and sizes of imports are multiples of this, in bytes (`minImportedHostPointerAlignment`). 1 without import.
@@ -106,6 +108,7 @@ impl Capabilities {
             driver_info: text(driver.driver_info_as_c_str()),
             import: support(ext::external_memory_host::NAME, "VK_EXT_external_memory_host"),
             dmabuf: support(ext::external_memory_dma_buf::NAME, "VK_EXT_external_memory_dma_buf"),
+            modifiers: support(ext::image_drm_format_modifier::NAME, "VK_EXT_image_drm_format_modifier"),
             memory_budget: support(ext::memory_budget::NAME, "VK_EXT_memory_budget"),
             import_alignment: alignment,
             chunk_size: chunk_size(

@@ -7,6 +7,8 @@
 //! Which barriers: the buffer belongs to whoever used it last. Work that uses it begins with [`from_foreign`] and ends with [`to_foreign`], if
 //! somebody outside this device (a codec, a compositor, another device) uses it in between; the processor alone needs neither.
 
+mod modifier;
+
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +23,8 @@ use crate::device::VulkanDevice;
 use crate::gpu::{Gpu, OwnedBuffer, OwnedMemory};
 use crate::import::{Import, ImportPiece, NotImported, all_usages, imported, read_usages};
 use crate::path::Run;
+
+pub use modifier::{Modifier, Plane, image_from_foreign, image_to_foreign, modifiers};
 
 const EXTERNAL: vk::ExternalMemoryHandleTypeFlags = vk::ExternalMemoryHandleTypeFlags::DMA_BUF_EXT;
 
@@ -37,9 +41,9 @@ pub(crate) fn import_part(
 ) -> Result<ImportPiece, NotImported> {
     let refused = |call| NotImported::refused(gpu, call);
     let no = |call, code| Err(refused(call)(code));
-    let Some(external_fd) = &gpu.dmabuf else {
+    if gpu.dmabuf.is_none() {
         return no("VK_EXT_external_memory_dma_buf", vk::Result::ERROR_EXTENSION_NOT_PRESENT);
-    };
+    }
     let usage = match access {
         Access::Read => read_usages(gpu),
         Access::ReadWrite => all_usages(gpu),
@@ -67,43 +71,63 @@ pub(crate) fn import_part(
         return no("vkGetBufferMemoryRequirements", vk::Result::ERROR_INVALID_EXTERNAL_HANDLE);
     }
 
-    let mine = part.buffer.duplicate().map_err(|_| NotImported::Stop(no_descriptor(range)))?;
+    let alone = dedicated.then(|| (vk::MemoryDedicatedAllocateInfo::default().buffer(buffer.raw), needs.size));
+    let (memory, kind) = import_memory(gpu, range, &part.buffer, needs.memory_type_bits, alone, label)?;
+    // SAFETY: the buffer is new and unbound, fits by size, alignment and type (checked above), both were made for the same handle type, and the
+    // memory is dropped after the buffer.
+    unsafe { buffer.bind(memory.raw, part.offset) }.map_err(refused("vkBindBufferMemory"))?;
+    let block = Block::of_dmabuf(memory, kind, EXTERNAL, range);
+    Ok(ImportPiece::of_dmabuf(buffer, block, part.clone(), access == Access::ReadWrite))
+}
+
+/// Imports a whole buffer as memory of one of the types `allowed`, and says of which. `alone` is what it is for, and how many bytes that needs, if
+/// nothing else may lie in it.
+fn import_memory(
+    gpu: &Arc<Gpu>,
+    range: HostRange,
+    buffer: &DmaBuf,
+    allowed: u32,
+    alone: Option<(vk::MemoryDedicatedAllocateInfo<'_>, u64)>,
+    label: &str,
+) -> Result<(OwnedMemory, u32), NotImported> {
+    let refused = |call| NotImported::refused(gpu, call);
+    let no = |call, code| Err(refused(call)(code));
+    let Some(external_fd) = &gpu.dmabuf else {
+        return no("VK_EXT_external_memory_dma_buf", vk::Result::ERROR_EXTENSION_NOT_PRESENT);
+    };
+    let mine = buffer.duplicate().map_err(|_| NotImported::Stop(no_descriptor(range)))?;
     let mut told = vk::MemoryFdPropertiesKHR::default();
     // SAFETY: the device is live and has the command; `mine` is an open descriptor, which this call only looks at.
     let asked = unsafe { external_fd.get_memory_fd_properties(EXTERNAL, mine.as_raw_fd(), &mut told) };
     asked.map_err(|code| gpu.saw(code)).map_err(refused("vkGetMemoryFdPropertiesKHR"))?;
-    let allowed = told.memory_type_bits & needs.memory_type_bits;
+    let allowed = told.memory_type_bits & allowed;
     if allowed == 0 {
         return no("choosing a memory type for a dma-buf", vk::Result::ERROR_INVALID_EXTERNAL_HANDLE);
     }
     let kind = allowed.trailing_zeros();
-    let share = Share::take(gpu, range, gpu.memory.memory_types[kind as usize].heap_index, total);
+    // What is alone in its memory has exactly the memory that it needs (VUID-VkMemoryDedicatedAllocateInfo-buffer-02965, -image-02964).
+    let size = alone.map_or(buffer.size(), |(_, needed)| needed);
+    let share = Share::take(gpu, range, gpu.memory.memory_types[kind as usize].heap_index, size);
     let share = share.map_err(NotImported::Stop)?;
 
     let fd = mine.into_raw_fd();
     let mut from = vk::ImportMemoryFdInfoKHR::default().handle_type(EXTERNAL).fd(fd);
-    let mut only = vk::MemoryDedicatedAllocateInfo::default().buffer(buffer.raw);
+    let mut only = alone.map(|(only, _)| only);
     let mut flags = vk::MemoryAllocateFlagsInfo::default().flags(vk::MemoryAllocateFlags::DEVICE_ADDRESS);
-    let mut info =
-        vk::MemoryAllocateInfo::default().allocation_size(total).memory_type_index(kind).push_next(&mut from);
-    if dedicated {
-        info = info.push_next(&mut only);
+    let mut info = vk::MemoryAllocateInfo::default().allocation_size(size).memory_type_index(kind).push_next(&mut from);
+    if let Some(only) = &mut only {
+        info = info.push_next(only);
     }
     if gpu.context.buffer_device_address {
         info = info.push_next(&mut flags);
     }
-    // SAFETY: `fd` is an open dma-buf (or what this driver takes for one) of `total` bytes by the kernel's word; the driver owns it if it says yes.
+    // SAFETY: `fd` is an open dma-buf (or what this driver takes for one) of at least `size` bytes by the kernel's word; the driver owns it if it says yes.
     let memory = unsafe { OwnedMemory::new(share, &info, label) };
     let memory = memory.inspect_err(|_| {
         // SAFETY: the driver has refused, so the descriptor is still ours, and nobody else knows it.
         drop(unsafe { OwnedFd::from_raw_fd(fd) });
     });
-    let memory = memory.map_err(refused("vkAllocateMemory"))?;
-    // SAFETY: the buffer is new and unbound, fits by size, alignment and type (checked above), both were made for the same handle type, and the
-    // memory is dropped after the buffer.
-    unsafe { buffer.bind(memory.raw, part.offset) }.map_err(refused("vkBindBufferMemory"))?;
-    let block = Block::of_dmabuf(memory, kind, EXTERNAL, range);
-    Ok(ImportPiece::of_dmabuf(buffer, block, part.offset, part.len, access == Access::ReadWrite))
+    Ok((memory.map_err(refused("vkAllocateMemory"))?, kind))
 }
 
 fn no_descriptor(range: HostRange) -> DeviceError {

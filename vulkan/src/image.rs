@@ -15,10 +15,11 @@ use std::fmt;
 use std::sync::Arc;
 
 use ash::vk;
+use pinfold_core::{DeviceError, Path};
 use thiserror::Error;
 
 use crate::block::Block;
-use crate::gpu::Gpu;
+use crate::gpu::{Gpu, OwnedMemory};
 use crate::import::{EXTERNAL, Store};
 use crate::{Import, VulkanDevice};
 
@@ -69,6 +70,47 @@ pub enum ImageError {
         /// How many there are, up to the end of the chunk.
         available: u64,
     },
+    /// The device was made without an extension that it takes.
+    #[error(
+        "the device was made without {0}; make it with everything that `requirements` lists, or copy from the object's buffer"
+    )]
+    NotEnabled(&'static str),
+    /// Only dma-bufs have pixels that lie as a modifier says.
+    #[error("the object reached the device by {0:?} and not as a dma-buf, so no modifier says how its pixels lie")]
+    NotADmaBuf(Path),
+    /// The device doesn't know this modifier for this format.
+    #[error(
+        "the device has no images of {format:?} with the modifier {modifier:#x}; offer the maker what `dmabuf::modifiers` lists"
+    )]
+    Modifier {
+        /// The format.
+        format: vk::Format,
+        /// The modifier.
+        modifier: u64,
+    },
+    /// Another number of planes than the modifier has.
+    #[error("images with the modifier {modifier:#x} have {needed} planes of memory, and {given} were given")]
+    Planes {
+        /// The modifier.
+        modifier: u64,
+        /// How many it has.
+        needed: u32,
+        /// How many there were.
+        given: usize,
+    },
+    /// A plane that starts behind the end of the object.
+    #[error("plane {plane} starts at byte {offset}, and the object has {size} bytes")]
+    PlaneOutside {
+        /// Which one.
+        plane: usize,
+        /// Where it was to start inside the object, in bytes.
+        offset: u64,
+        /// The object's size in bytes.
+        size: u64,
+    },
+    /// A budget is used up, or the device is lost.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// The device wants it in memory of another type than the import has.
     #[error("the import is of memory type {kind}, and the image allows the types {allowed:#b} only")]
     MemoryType {
@@ -106,11 +148,22 @@ pub struct ImageNeeds {
 pub struct Image {
     raw: vk::Image,
     layout: Option<vk::SubresourceLayout>,
-    // Dropped after the image.
+    // Dropped after the image, both.
+    memory: Option<OwnedMemory>,
     block: Arc<Block>,
 }
 
 impl Image {
+    /// An image that isn't bound yet, of the object that has this block.
+    pub(crate) fn new(raw: vk::Image, block: Arc<Block>) -> Self {
+        Self { raw, layout: None, memory: None, block }
+    }
+
+    /// Lets it own the memory that it lies in.
+    pub(crate) fn keep(&mut self, memory: OwnedMemory) {
+        self.memory = Some(memory);
+    }
+
     /// What an image of this kind needs of memory, so that the program can leave room for it. Makes the image and destroys it.
     ///
     /// # Errors
@@ -193,7 +246,8 @@ impl Import {
         }
         // SAFETY: point 1 of the contract.
         let raw = unsafe { create(gpu, block.handle(), info) }?;
-        let image = Image { raw, layout: layout(gpu, info, raw), block: Arc::clone(block) };
+        let mut image = Image::new(raw, Arc::clone(block));
+        image.layout = layout(gpu, info, raw);
         // SAFETY: the device is live, and the image its own.
         let needs = unsafe { gpu.device().get_image_memory_requirements(raw) };
         let (offset, available) = (piece.start.saturating_add(inside), chunk.size.saturating_sub(inside));
@@ -207,10 +261,20 @@ impl Import {
             return Err(ImageError::MemoryType { kind: block.kind(), allowed: needs.memory_type_bits });
         }
         // SAFETY: the image is new and unbound; alignment, size and type were checked, and both were made for the same kind of external memory.
-        let bound = unsafe { gpu.device().bind_image_memory(raw, block.memory(), offset) };
-        bound.map_err(|code| ImageError::Vulkan { call: "vkBindImageMemory", code: gpu.saw(code) })?;
+        unsafe { bind(gpu, raw, block.memory(), offset) }?;
         Ok(image)
     }
+}
+
+/// Puts an image on memory.
+///
+/// # Safety
+/// `memory` is live, of a type this image allows and for the same kind of external memory, has room for it at `offset`, outlives it, and the image
+/// isn't bound yet.
+pub(crate) unsafe fn bind(gpu: &Gpu, raw: vk::Image, memory: vk::DeviceMemory, offset: u64) -> Result<(), ImageError> {
+    // SAFETY: the device is live; everything else is the contract.
+    let bound = unsafe { gpu.device().bind_image_memory(raw, memory, offset) };
+    bound.map_err(|code| ImageError::Vulkan { call: "vkBindImageMemory", code: gpu.saw(code) })
 }
 
 /// The image that `info` describes, for external memory.

@@ -11,6 +11,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use ash::vk;
+use pinfold_core::dmabuf::DmaBufPart;
 use pinfold_core::{Access, DeviceError, Path, Request};
 use pinfold_invalidate::{HostRange, Protection};
 
@@ -127,12 +128,14 @@ pub(crate) struct ImportPiece {
     size: u64,
     /// Whether the program may write there.
     pub(crate) writable: bool,
+    /// What it was imported from, if that is a dma-buf.
+    pub(crate) dmabuf: Option<DmaBufPart>,
 }
 
 impl ImportPiece {
-    /// A buffer that is bound to this block of a dma-buf, at `start`.
-    pub(crate) fn of_dmabuf(buffer: OwnedBuffer, block: Arc<Block>, start: u64, size: u64, writable: bool) -> Self {
-        Self { buffer, block, start, size, writable }
+    /// A buffer that is bound to this block of a dma-buf, where the part starts.
+    pub(crate) fn of_dmabuf(buffer: OwnedBuffer, block: Arc<Block>, part: DmaBufPart, writable: bool) -> Self {
+        Self { buffer, block, start: part.offset, size: part.len, writable, dmabuf: Some(part) }
     }
 }
 
@@ -342,7 +345,7 @@ impl Ground<'_> {
         // such drivers contradict themselves, and then their answer to the bind decides.
         unsafe { buffer.bind(block.memory(), offset) }.map_err(NotImported::refused(self.gpu, "vkBindBufferMemory"))?;
         let (size, writable) = ((cut.object.1 - cut.object.0) as u64, self.usage.contains(WRITING));
-        Ok(ImportPiece { buffer, block, start: offset, size, writable })
+        Ok(ImportPiece { buffer, block, start: offset, size, writable, dmabuf: None })
     }
 
     /// What has to be added to an imported address to get the program's.

@@ -72,6 +72,11 @@ pub fn requirements(instance: &ash::Instance, physical: vk::PhysicalDevice) -> R
     if [khr::external_memory_fd::NAME, ext::external_memory_dma_buf::NAME].into_iter().all(|name| listed.has(name)) {
         let dmabuf = [ext::external_memory_dma_buf::NAME, ext::queue_family_foreign::NAME];
         extensions.extend(dmabuf.into_iter().filter_map(|name| listed.name(name)));
+        // Its own requirement is part of Vulkan from 1.2 on.
+        if v1_2 || listed.has(khr::image_format_list::NAME) {
+            let images = [ext::image_drm_format_modifier::NAME, khr::image_format_list::NAME];
+            extensions.extend(images.into_iter().filter_map(|name| listed.name(name)));
+        }
     }
     for name in [ext::external_memory_host::NAME, khr::timeline_semaphore::NAME, ext::memory_budget::NAME] {
         extensions.extend(listed.name(name));
