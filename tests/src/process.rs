@@ -16,6 +16,9 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::PATIENCE;
 
+/// How many times as long as it is allowed a child may take, if set: `scripts/test-vm` sets it, as an emulated processor is slower.
+const PATIENCE_FACTOR: &str = "PINFOLD_TEST_PATIENCE";
+
 /// Names the case that a child process is to run; unset in the parent.
 const CASE: &str = "PINFOLD_ISOLATED";
 /// Exit code of a child whose closure returned.
@@ -81,7 +84,7 @@ impl Ending {
     }
 }
 
-/// Runs `body` in a child process, at most [`PATIENCE`], and tells how that ended. To be called by a test, once; see [`isolated_case`].
+/// Runs `body` in a child process, at most [`PATIENCE`] (times the number in `PINFOLD_TEST_PATIENCE`), and tells how that ended. To be called by a test, once; see [`isolated_case`].
 ///
 /// The child runs the test from its beginning: what stands before this call runs there, too. Nothing behind it does.
 pub fn isolated<F: FnOnce()>(body: F) -> Ending {
@@ -138,11 +141,16 @@ fn run_child(test: &str, key: &str, limit: Duration) -> (Option<ExitStatus>, Str
     // SAFETY: the closure runs between fork and exec of a process with threads; it only makes system calls and touches no lock.
     unsafe { command.pre_exec(no_core_and_no_orphan) };
     let mut child = command.spawn().expect("the test program starts once more");
-    let status = wait(&mut child, limit);
+    let status = wait(&mut child, limit * patience_factor());
     let mut text = Vec::new();
     written.rewind().expect("rewinding a memfd");
     written.read_to_end(&mut text).expect("reading a memfd");
     (status, String::from_utf8_lossy(&text).into_owned())
+}
+
+fn patience_factor() -> u32 {
+    let Ok(factor) = std::env::var(PATIENCE_FACTOR) else { return 1 };
+    factor.parse().unwrap_or_else(|e| panic!("{PATIENCE_FACTOR}={factor}: {e}"))
 }
 
 /// A crash that is expected leaves no core file, and a test that is killed leaves no child.

@@ -129,8 +129,8 @@ fn a_device_number_and_not_a_name_tells_shared_memory() {
     assert_eq!(line("fd:01", "/SYSV00000000 (deleted)"), Backing::File);
     assert_eq!(line("fd:01", "/home/[heap]"), Backing::File);
     assert_eq!(line("fd:01", "[stack]"), Backing::File);
-    assert_eq!(line("00:0f", "anon_inode:[io_uring]"), Backing::Special);
-    assert_eq!(line("00:0f", "/dmabuf:no such file"), Backing::Special);
+    assert_eq!(line("00:fffff", "anon_inode:[io_uring]"), Backing::Special);
+    assert_eq!(line("00:fffff", "/dmabuf:no such file"), Backing::Special);
     let line = |name: &str| parse(&format!("10000-20000 rw-p 00000000 00:00 0   {name}")).unwrap().backing;
     assert_eq!(line(""), Backing::Anonymous);
     assert_eq!(line("[anon:heap]"), Backing::Anonymous);

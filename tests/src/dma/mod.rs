@@ -4,7 +4,8 @@
 //! **Problem.** Vulkan's CPU drivers go through the page table like the program itself; with them a stale import can't be told from a good one.
 //!
 //! **Law.** Pages are taken when the range is imported, by the kernel, for long and for writing, and held until the import is released.
-//! What can't be taken so is *not pinnable*: memory the program may not write, and shared mappings of files on a disk.
+//! What can't be taken so is *not pinnable*: memory the program may not write, and shared mappings of files on a disk (before Linux 6.5,
+//! private ones too).
 //!
 //! **Protocol.** Pins are fixed buffers of one io_uring; a transfer is a read or write of such a buffer against a memfd, which stands for the
 //! device's own memory. One thread, the engine, submits all transfers and takes their completions: the kernel finishes a request in the thread
@@ -24,6 +25,7 @@ use pinfold_core::{Device, DeviceError, Path, Preparation, Request, Ticket};
 use pinfold_invalidate::HostRange;
 
 use crate::fence::{Fence, Followed};
+use crate::memory::{Backing, Region};
 use engine::Engine;
 use hold::Hold;
 pub use job::Job;
@@ -59,6 +61,20 @@ impl DmaDevice {
     /// [`DeviceError::Fault`] for what is not pinnable, [`DeviceError::Budget`] beyond `RLIMIT_MEMLOCK` and the device's own limits.
     pub fn pin(&self, range: HostRange) -> Result<DmaImport, DeviceError> {
         self.0.pins.pin(range)
+    }
+
+    /// Whether the device pins private mappings of a file: before Linux 6.5, io_uring refuses them with `EOPNOTSUPP`.
+    ///
+    /// # Panics
+    /// If it can't be tried, or is refused for another reason.
+    #[must_use]
+    pub fn pins_files(&self) -> bool {
+        let region = Region::new(Backing::FilePrivate, 1).expect("a mapped file");
+        match self.pin(region.range()) {
+            Ok(_) => true,
+            Err(DeviceError::Fault { errno: libc::EOPNOTSUPP, .. }) => false,
+            Err(e) => panic!("a private mapping of a file: {e}"),
+        }
     }
 
     /// The next import takes its pages and is then kept waiting until [`let_go`](Self::let_go).

@@ -265,13 +265,14 @@ impl Rig for Fake {
 pub struct Dma {
     pub device: DmaDevice,
     pub manager: Manager<DmaDevice>,
+    pins_files: bool,
 }
 
 impl Dma {
     /// `Err` where there is no io_uring.
     pub fn new() -> std::io::Result<Self> {
         let device = DmaDevice::new()?;
-        Ok(Self { manager: Manager::new(device.clone(), patient()).unwrap(), device })
+        Ok(Self { manager: Manager::new(device.clone(), patient()).unwrap(), pins_files: device.pins_files(), device })
     }
 }
 
@@ -283,7 +284,7 @@ impl Rig for Dma {
     }
 
     fn takes(&self, backing: Backing) -> bool {
-        backing.writable() && backing != Backing::FileShared
+        backing.writable() && backing != Backing::FileShared && (self.pins_files || backing != Backing::FilePrivate)
     }
 
     fn keeps_pages(&self, _: Backing) -> bool {
