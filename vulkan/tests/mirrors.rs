@@ -287,6 +287,41 @@ fn acquires_dont_wait_for_ordered_uploads_and_work_that_does_sees_them() {
 }
 
 #[test]
+fn the_mirror_of_shared_memory_copies_all_unless_nobody_writes_in_another_way() {
+    let Some(fixture) = Fixture::new() else { return };
+    let pages = 50;
+    for sole_writer in [false, true] {
+        let mut config = mirrors(MirrorPlace::HostVisible, &fixture);
+        config.sole_writer = sole_writer;
+        let (manager, file) = (manager(&fixture, config), memfd(pages));
+        let (memory, other) = (Memory::of_file(&file, pages, true), Memory::of_file(&file, pages, true));
+        memory.fill();
+        let object = register(&manager, memory.range(), Access::Read);
+        for _ in 0..2 {
+            drop(manager.acquire_timeout(&[&object], GENEROUS).unwrap());
+        }
+        let tracked = can_track(&object);
+        for round in 0..4 {
+            let before = manager.device().copied_bytes();
+            // The tracking doesn't see the second of these, and so isn't relied upon.
+            memory.write(round * page_size(), 201);
+            if !sole_writer {
+                other.write((20 + round) * page_size(), 202);
+            }
+            let lease = manager.acquire_timeout(&[&object], GENEROUS).unwrap();
+            assert!(fixture.read(&lease.view(0), 0, lease.view(0).size) == memory.bytes(), "round {round}");
+            let copied = manager.device().copied_bytes() - before;
+            if !sole_writer {
+                assert_eq!(copied, memory.range().len() as u64);
+            } else if tracked {
+                assert_eq!(copied, page_size() as u64);
+            }
+        }
+        drop(object);
+    }
+}
+
+#[test]
 fn mirrors_of_two_managers_over_the_same_bytes_both_see_every_write() {
     let (Some(one), Some(two)) = (Fixture::new(), Fixture::new()) else { return };
     let memory = Memory::anonymous(40);

@@ -141,7 +141,9 @@ fn memory_of_another_driver_or_device_is_refused_before_the_driver_is_asked() {
         // SAFETY: what is said is of another device, so the driver never sees the descriptor.
         match unsafe { manager.import_opaque(file, &exported, SIZE, usage()) } {
             Err(OpaqueError::Foreign { theirs, .. }) => assert_eq!(theirs, from),
-            Err(OpaqueError::NotEnabled) => println!("SKIPPED PART OF foreign: no VK_KHR_external_memory_fd"),
+            Err(OpaqueError::NotEnabled) => println!(
+                "SKIPPED PART OF memory_of_another_driver_or_device_is_refused_before_the_driver_is_asked: no VK_KHR_external_memory_fd"
+            ),
             other => panic!("{other:?}"),
         }
     }
