@@ -47,6 +47,10 @@ pub struct Config {
     pub mirrors: MirrorPlace,
     /// A queue that mirrors in device memory are filled through. Default: none, and then mirrors are where the program sees them, too.
     pub uploads: Option<Uploads>,
+    /// The families of all queues whose work uses objects, if they are several. Imports and mirrors are then made for all of them
+    /// (`VK_SHARING_MODE_CONCURRENT`), together with those of `uploads`. Default: none, and an object belongs to one family at a time, as any
+    /// exclusive buffer does: the engine hands it over with barriers of its own.
+    pub queue_families: Vec<u32>,
     /// Promises that shared memory and files, where they are mirrored, are written through the registered mappings only: not through another
     /// mapping, not by another process, not by `write`. Then mirrors of them copy only what was written, too. Default: no, and they are copied in
     /// full at every acquire.
@@ -71,6 +75,7 @@ impl Default for Config {
             force: None,
             mirrors: MirrorPlace::default(),
             uploads: None,
+            queue_families: Vec::new(),
             sole_writer: false,
             deadline,
             budget,
@@ -82,6 +87,15 @@ impl Default for Config {
 }
 
 impl Config {
+    /// Each family whose queues use objects, once.
+    pub(crate) fn families(&self) -> Box<[u32]> {
+        let uploads = self.uploads.as_ref().map_or(&[][..], Uploads::families);
+        let mut families = [uploads, &self.queue_families].concat();
+        families.sort_unstable();
+        families.dedup();
+        families.into()
+    }
+
     /// The part that isn't about Vulkan.
     pub(crate) fn objects(&self) -> pinfold_core::Config {
         let mut objects = pinfold_core::Config::default();

@@ -85,12 +85,13 @@ impl VulkanDevice {
     /// 2. The handles stay alive until this value and every [`Import`] it made are dropped.
     /// 3. A [`Signal`] is what it says: the semaphore of a timeline is a timeline semaphore of this device, and stays alive until its submit is
     ///    retired; a fence is one of this device, unsignalled at the submit, and neither reset nor destroyed until then.
-    /// 4. From the first call of [`Device::wait_idle`] (a manager's teardown calls it) until one has answered `Ok` or `Lost`, no thread uses a
+    /// 4. The families in `config` are the device's.
+    /// 5. From the first call of [`Device::wait_idle`] (a manager's teardown calls it) until one has answered `Ok` or `Lost`, no thread uses a
     ///    queue of this device, and the device is not destroyed.
     pub unsafe fn new(context: DeviceContext, config: &Config) -> Result<Self, SetupError> {
         let force = Force::from_env()?.or(config.force);
         // SAFETY: points 1 and 2 of the contract.
-        let gpu = Arc::new(unsafe { Gpu::new(context) }?);
+        let gpu = Arc::new(unsafe { Gpu::new(context) }?.for_families(config.families()));
         let rules = Rules {
             force,
             imports: gpu.caps.import == Support::Usable,
@@ -211,7 +212,7 @@ impl VulkanDevice {
     fn start_waiting(&self) -> io::Result<Receiver<Result<(), vk::Result>>> {
         let (gpu, (done, answer)) = (Arc::clone(&self.gpu), mpsc::sync_channel(1));
         let wait = move || {
-            // SAFETY: the device is live, and no other thread uses its queues (point 4 of the contract of `new`).
+            // SAFETY: the device is live, and no other thread uses its queues (point 5 of the contract of `new`).
             let idle = unsafe { gpu.device().device_wait_idle() };
             // If nobody listens any more, the manager is gone.
             let _ = done.send(idle);

@@ -29,6 +29,8 @@ pub(crate) struct Gpu {
     pub(crate) dmabuf: Option<khr::external_memory_fd::Device>,
     signal_semaphore: Option<vk::PFN_vkSignalSemaphore>,
     names: Option<ext::debug_utils::Device>,
+    /// The families of all queues that use objects, each once.
+    families: Box<[u32]>,
     /// Set once, by whoever sees `VK_ERROR_DEVICE_LOST` first; never cleared. It orders nothing: Relaxed on both sides.
     lost: AtomicBool,
 }
@@ -94,8 +96,23 @@ impl Gpu {
             wait_semaphores,
             signal_semaphore,
             names,
+            families: Box::default(),
             lost: AtomicBool::new(false),
         })
+    }
+
+    /// The same, with objects for queues of these families, each named once.
+    pub(crate) fn for_families(self, families: Box<[u32]>) -> Self {
+        Self { families, ..self }
+    }
+
+    /// What an object's buffer is made of, for the queues that use objects.
+    pub(crate) fn shared<'a>(&'a self, info: vk::BufferCreateInfo<'a>) -> vk::BufferCreateInfo<'a> {
+        // With one family there is nothing to share, and the mode asks for two.
+        if self.families.len() < 2 {
+            return info;
+        }
+        info.sharing_mode(vk::SharingMode::CONCURRENT).queue_family_indices(&self.families)
     }
 
     pub(crate) fn device(&self) -> &ash::Device {

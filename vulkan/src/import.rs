@@ -320,7 +320,7 @@ impl Ground<'_> {
         let size = (cut.object.1 - cut.object.0) as u64;
         let info = vk::BufferCreateInfo::default().size(size).usage(self.usage).push_next(&mut external);
         let refused = NotImported::refused(self.gpu, "vkCreateBuffer");
-        OwnedBuffer::new(self.gpu, &info, self.request.label).map_err(refused)
+        OwnedBuffer::new(self.gpu, &self.gpu.shared(info), self.request.label).map_err(refused)
     }
 
     fn block(

@@ -44,8 +44,6 @@ pub(crate) struct MirrorHeap {
     space: Arc<Space>,
     /// Driver calls happen under this lock, so nothing that a thread waiting for the device needs may be behind it.
     pool: Mutex<Pool>,
-    /// The families of the queues that use mirrors, if they are several.
-    families: Box<[u32]>,
     place: MirrorPlace,
     /// The engine records uploads into its own commands.
     recorded: bool,
@@ -97,7 +95,6 @@ impl MirrorHeap {
                 live: 0,
                 closed: false,
             }),
-            families: config.uploads.as_ref().map_or_else(Box::default, |uploads| uploads.families().into()),
             place,
             recorded: config.uploads.as_ref().is_some_and(Uploads::is_recorded),
             sole_writer: config.sole_writer,
@@ -132,10 +129,7 @@ impl MirrorHeap {
         label: &str,
     ) -> Result<MirrorPiece, DeviceError> {
         let gpu = &self.gpu;
-        let mut info = vk::BufferCreateInfo::default().size(size).usage(usage);
-        if self.families.len() > 1 {
-            info = info.sharing_mode(vk::SharingMode::CONCURRENT).queue_family_indices(&self.families);
-        }
+        let info = gpu.shared(vk::BufferCreateInfo::default().size(size).usage(usage));
         let buffer = OwnedBuffer::new(gpu, &info, label).map_err(|code| gpu.failed("vkCreateBuffer", range, code))?;
         let requirements = buffer.requirements();
         check_heap(gpu, range, heap_of(&gpu.memory, location), requirements.size)?;

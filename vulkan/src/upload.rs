@@ -67,7 +67,7 @@ impl Uploads {
         families: impl IntoIterator<Item = u32>,
         submit: impl Fn(&[vk::SubmitInfo<'_>], vk::Fence) -> Result<(), vk::Result> + Send + Sync + 'static,
     ) -> Self {
-        Self { families: unique(families), submit: Some(Arc::new(submit)), ordered: false }
+        Self { families: at_least_one(families), submit: Some(Arc::new(submit)), ordered: false }
     }
 
     /// The engine records uploads into its own commands, with [`record_uploads`](pinfold_core::Lease::record_uploads) of each lease before what reads
@@ -83,7 +83,7 @@ impl Uploads {
     /// The families are the device's.
     #[must_use]
     pub unsafe fn recorded(families: impl IntoIterator<Item = u32>) -> Self {
-        Self { families: unique(families), submit: None, ordered: false }
+        Self { families: at_least_one(families), submit: None, ordered: false }
     }
 
     /// Acquires don't wait for uploads: the engine's work does, for the value in [`Import::uploaded`](crate::Import::uploaded) of each of its views.
@@ -102,15 +102,10 @@ impl Uploads {
     }
 }
 
-fn unique(families: impl IntoIterator<Item = u32>) -> Vec<u32> {
-    let mut unique: Vec<u32> = Vec::new();
-    for family in families {
-        if !unique.contains(&family) {
-            unique.push(family);
-        }
-    }
-    assert!(!unique.is_empty(), "uploads need the family of their queue");
-    unique
+fn at_least_one(families: impl IntoIterator<Item = u32>) -> Vec<u32> {
+    let families: Vec<u32> = families.into_iter().collect();
+    assert!(!families.is_empty(), "uploads need the family of their queue");
+    families
 }
 
 impl fmt::Debug for Uploads {

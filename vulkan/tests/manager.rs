@@ -6,9 +6,11 @@ mod fixture;
 mod memory;
 
 use std::convert::Infallible;
+use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use ash::vk;
 use fixture::{Fixture, GENEROUS, Readback};
 use memory::{Memory, memfd};
 use pinfold_invalidate::mappings;
@@ -90,6 +92,97 @@ fn munmap_returns_only_after_the_work_is_over_and_the_object_is_invalid_then() {
     drop((object, manager));
     fixture.destroy_semaphore(go);
     fixture.destroy_semaphore(done);
+}
+
+/// A queue more than the drivers for tests have. It does what a queue does: waits for what its work waits for, then has it done.
+struct ExtraQueue<'a, 'f> {
+    fixture: &'f Fixture,
+    /// The driver's queue, which does the work.
+    real: &'a Mutex<()>,
+}
+
+impl ExtraQueue<'_, '_> {
+    fn run(&self, commands: &[vk::CommandBuffer], wait: (vk::Semaphore, u64), signal: (vk::Semaphore, u64)) {
+        self.fixture.wait(wait.0, wait.1);
+        let _turn = self.real.lock().unwrap();
+        self.fixture.submit(commands, None, Some(signal));
+    }
+}
+
+/// Each queue has a timeline of the engine's. What is submitted first waits for what is submitted after it, on the other queue.
+#[test]
+fn work_of_two_queues_that_waits_before_the_signal_is_submitted_holds_munmap_until_both_are_over() {
+    const LAST: u64 = 10;
+    let Some(fixture) = Fixture::new() else { return };
+    // SAFETY: the device is live.
+    let families = unsafe { fixture.instance.get_physical_device_queue_family_properties(fixture.physical) };
+    println!(
+        "{}: {} queues, of {} families",
+        fixture.driver,
+        families.iter().map(|family| family.queue_count).sum::<u32>(),
+        families.len()
+    );
+    let mut config = Config::default();
+    config.deadline = GENEROUS; // the work ends when the test says so
+    let manager = manager(&fixture, config);
+    let memory = Memory::of_file(&memfd(16), 16, true);
+    memory.fill();
+    let (range, expected) = (memory.range(), memory.bytes());
+    let mut memory = Some(memory);
+    let object = register(&manager, memory.as_ref().unwrap(), Access::Read);
+    let [go, graphics, compute] = [(); 3].map(|()| fixture.timeline());
+    let backs = [(); 2].map(|()| Readback::new(&fixture, expected.len() as u64));
+    let real = Mutex::new(());
+    for frame in 1..=LAST {
+        thread::scope(|scope| {
+            let waits = [(compute, frame), (go, frame)];
+            let pending = [0, 1].map(|at| {
+                let lease = manager.acquire_timeout(&[&object], GENEROUS).unwrap();
+                let (view, back, signal) = (lease.view(0), &backs[at], ([graphics, compute][at], frame));
+                let from = (view.buffer, view.offset);
+                let commands = fixture
+                    .record(|commands| fixture.copy(commands, from, (back.buffer, 0), back.bytes().len() as u64));
+                let (queue, wait) = (ExtraQueue { fixture: &fixture, real: &real }, waits[at]);
+                let submit = || {
+                    scope.spawn(move || queue.run(&[commands], wait, signal));
+                    Ok::<_, Infallible>(())
+                };
+                // SAFETY: the timeline is signalled behind the copy, which reads the object through its view.
+                unsafe { lease.submit([Timeline { semaphore: signal.0, value: signal.1 }], submit) }.unwrap()
+            });
+            assert_eq!(pending.each_ref().map(|pending| pending.poll()), [None, None]);
+            let unmapping =
+                memory.take_if(|_| frame == LAST && object.coverage() == Some(Coverage::Watched)).map(|memory| {
+                    let (fixture, object) = (&fixture, &object);
+                    let unmapping = scope.spawn(move || {
+                        drop(memory);
+                        assert_eq!(
+                            (fixture.value(graphics), fixture.value(compute)),
+                            (LAST, LAST),
+                            "munmap returned too early"
+                        );
+                        assert_eq!(object.state().unwrap(), State::Invalid);
+                    });
+                    // The kernel takes the mapping away before it waits.
+                    let deadline = Instant::now() + GENEROUS;
+                    while mappings(range).is_ok_and(|there| there[0].file.is_some()) {
+                        assert!(Instant::now() < deadline, "munmap begins");
+                        thread::yield_now();
+                    }
+                    unmapping
+                });
+            fixture.signal(go, frame);
+            // The first one can't be over before the second.
+            assert_eq!(pending[0].wait(GENEROUS), Some(Outcome::Done));
+            assert_eq!(fixture.value(compute), frame);
+            assert_eq!(pending[1].wait(GENEROUS), Some(Outcome::Done));
+            unmapping.into_iter().for_each(|unmapping| unmapping.join().unwrap());
+        });
+        assert!(backs.iter().all(|back| back.bytes() == expected), "frame {frame}");
+    }
+    assert_eq!(manager.stats().late, 0);
+    drop((object, manager, memory));
+    [go, graphics, compute].into_iter().for_each(|semaphore| fixture.destroy_semaphore(semaphore));
 }
 
 #[test]

@@ -343,6 +343,36 @@ fn imports_are_never_mapped_and_nothing_is_exported() {
 }
 
 #[test]
+fn objects_are_made_for_every_family_whose_queues_use_them() {
+    let Some(scripted) = Scripted::new() else { return };
+    let (memory, script) = (Memory::anonymous(3), scripted.script());
+    memory.fill();
+    let (device, queue) = (scripted.fixture.device.clone(), scripted.fixture.queue);
+    for (families, uploads, shared_by) in [
+        (vec![], None, 0),
+        (vec![0], Some(vec![0]), 0),
+        (vec![2, 0], None, 0b101),
+        (vec![2], Some(vec![0, 1, 0]), 0b111),
+    ] {
+        for force in [None, Some(Force::Mirror)] {
+            let mut config = Config::default();
+            (config.force, config.queue_families) = (force, families.clone());
+            let device = device.clone();
+            // SAFETY: this test uses the fixture's queue on one thread.
+            let submit = move |work: &[vk::SubmitInfo<'_>], fence| unsafe { device.queue_submit(queue, work, fence) };
+            // SAFETY: the script makes a device with three families of the one that the driver has, whose only queue is of family 0.
+            config.uploads = uploads.clone().map(|families| unsafe { Uploads::new(families, submit) });
+            // SAFETY: the fixture's handles belong together; the device and its imports are dropped first.
+            let device = unsafe { VulkanDevice::new(scripted.context(), &config) }.unwrap();
+            script.shared_by.store(0, SeqCst);
+            let import = acquire(&device, memory.range(), Access::Read).unwrap();
+            assert_eq!(script.shared_by.load(SeqCst), shared_by, "{config:?}");
+            assert_eq!(scripted.fixture.read(&import, 0, import.size), memory.bytes());
+        }
+    }
+}
+
+#[test]
 fn an_extension_that_was_said_to_be_enabled_and_is_not_is_named() {
     let Some(scripted) = Scripted::new() else { return };
     scripted.script().hide_import.store(1, SeqCst);
