@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use pinfold_invalidate::sync::Futex;
+use pinfold_invalidate::sync::Event;
 use pinfold_invalidate::{Space, Target};
 use pinfold_workqueue::{Flags, Job, Queue};
 
@@ -83,12 +83,14 @@ pub(crate) struct Counters {
 pub(crate) struct Level {
     count: AtomicU64,
     bytes: AtomicU64,
-    fell: Futex,
+    fell: Event,
 }
 
 impl Level {
     pub(crate) fn add(&self, bytes: u64) {
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        if bytes > 0 {
+            self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        }
         self.count.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -103,7 +105,9 @@ impl Level {
     }
 
     pub(crate) fn sub(&self, bytes: u64) {
-        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+        if bytes > 0 {
+            self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+        }
         // Release: pairs with the Acquire in `wait_none`; who sees nothing left sees what the last one did.
         if self.count.fetch_sub(1, Ordering::Release) == 1 {
             self.fell.bump();

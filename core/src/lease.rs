@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use pinfold_invalidate::sync::Futex;
+use pinfold_invalidate::sync::Event;
 use pinfold_invalidate::{Cause, Coverage, HostRange, in_bracket, still_watched};
 
 use crate::engine::Engine;
@@ -172,15 +172,16 @@ impl<D: Device> Lease<D> {
             return self.submit_nothing(submit);
         };
         // Counted first: the manager's end either waits for this submit, or is seen by it.
-        let underway = Underway::begin(&engine);
+        let underway = Underway::begin(engine);
+        let engine = &*underway.0;
         engine.check().map_err(SubmitError::Gone)?;
         if in_bracket() {
             return Err(SubmitError::Gone(Error::Nested));
         }
-        self.inject(&engine);
+        self.inject(engine);
         // Before the uses begin, so that a hold-off that gives up on them knows whose they are.
         count(&self.held, Submit::Begins);
-        let uses = match self.reserve(&engine) {
+        let uses = match self.reserve(engine) {
             Ok(uses) => uses,
             Err(None) => {
                 count(&self.held, Submit::IsRefused);
@@ -197,7 +198,7 @@ impl<D: Device> Lease<D> {
         // Only now: no driver call inside the gates.
         let result = catch_unwind(AssertUnwindSafe(submit));
         if let Ok(Err(error)) = result {
-            writes.forget(&engine);
+            writes.forget(engine);
             uses.end(&*engine.space);
             count(&self.held, Submit::IsRefused);
             return Err(SubmitError::Rejected { error, lease: self });
@@ -234,13 +235,14 @@ impl<D: Device> Lease<D> {
 
     /// `Err(Some(index))`: that object is stale. `Err(None)`: a gate stayed closed.
     fn reserve(&self, engine: &Engine<D>) -> Result<Uses, Option<usize>> {
-        let deadline = Instant::now() + engine.patience();
+        let mut deadline = None;
         let leases = self.held.iter().map(|held| (&held.handle.object.word, held.noted));
         loop {
             match protocol::reserve(&*engine.space, leases.clone()) {
                 Ok(uses) => return Ok(uses),
                 Err(Refusal::Stale(index)) => return Err(Some(index)),
                 Err(Refusal::Closed { shard, epoch }) => {
+                    let deadline = *deadline.get_or_insert_with(|| Instant::now() + engine.patience());
                     if !engine.space.gate(shard).wait_epoch(epoch, Some(deadline)) {
                         return Err(None);
                     }
@@ -347,9 +349,9 @@ pub(crate) struct Flight<D: Device> {
     lost: AtomicBool,
     /// A hold-off has given up on it.
     late: AtomicBool,
-    over: Futex,
-    /// Taken by the last signal, and emptied by retirement. Nothing else happens under the lock.
-    writes: Mutex<Writes<D>>,
+    over: Event,
+    /// Taken by the last signal, and emptied by retirement. Nothing else happens under the lock. `None`: nothing is to be brought back.
+    writes: Option<Mutex<Writes<D>>>,
     /// Why results are not in the program's memory.
     fault: OnceLock<DeviceError>,
     rest: Mutex<Rest<D>>,
@@ -360,15 +362,15 @@ pub(crate) struct Flight<D: Device> {
 struct Underway<D: Device>(Arc<Engine<D>>);
 
 impl<D: Device> Underway<D> {
-    fn begin(engine: &Arc<Engine<D>>) -> Self {
-        engine.flights.add(1);
-        Self(Arc::clone(engine))
+    fn begin(engine: Arc<Engine<D>>) -> Self {
+        engine.flights.add(0);
+        Self(engine)
     }
 }
 
 impl<D: Device> Drop for Underway<D> {
     fn drop(&mut self) {
-        self.0.flights.sub(1);
+        self.0.flights.sub(0);
     }
 }
 
@@ -389,9 +391,7 @@ impl<D: Device> Flight<D> {
         signals: impl IntoIterator<Item: Into<D::Signal>>,
     ) -> Pending<D> {
         let engine = Arc::clone(&underway.0);
-        for held in &held {
-            engine.note(&held.handle.object, What::Submitted);
-        }
+        held.iter().for_each(|held| engine.note(&held.handle.object, What::Submitted));
         engine.counters.submits.fetch_add(1, Ordering::Relaxed);
         let rest = Rest { held, outcome: None, wakers: Vec::new(), underway: Some(underway) };
         let flight = Arc::new(Self {
@@ -399,15 +399,15 @@ impl<D: Device> Flight<D> {
             left: AtomicU32::new(1), // ours, until every signal is followed
             lost: AtomicBool::new(false),
             late: AtomicBool::new(false),
-            over: Futex::new(),
-            writes: Mutex::new(writes),
+            over: Event::new(),
+            writes: (!writes.0.is_empty()).then(|| Mutex::new(writes)),
             fault: OnceLock::new(),
             rest: Mutex::new(rest),
-            engine: Arc::clone(&engine),
+            engine,
         });
         for signal in signals {
             flight.left.fetch_add(1, Ordering::Relaxed);
-            engine.device().follow(signal.into(), Ticket::new(Arc::clone(&flight) as Arc<dyn Retire>));
+            flight.engine.device().follow(signal.into(), Ticket::new(Arc::clone(&flight) as Arc<dyn Retire>));
         }
         if flight.signal_one(Outcome::Done) {
             flight.finish();
@@ -415,8 +415,8 @@ impl<D: Device> Flight<D> {
         Pending { flight: Some(flight) }
     }
 
-    fn writes(&self) -> MutexGuard<'_, Writes<D>> {
-        self.writes.lock().unwrap_or_else(PoisonError::into_inner)
+    fn writes(&self) -> Option<MutexGuard<'_, Writes<D>>> {
+        self.writes.as_ref().map(|writes| writes.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn outcome(&self) -> Option<Outcome> {
@@ -434,7 +434,8 @@ impl<D: Device> Retire for Flight<D> {
             return false;
         }
         if !self.lost.load(Ordering::Relaxed)
-            && let Err(fault) = self.writes().bring_back(&self.engine)
+            && let Some(writes) = self.writes()
+            && let Err(fault) = writes.bring_back(&self.engine)
         {
             let _ = self.fault.set(fault); // nobody else sets it
         }
@@ -460,9 +461,10 @@ impl<D: Device> Retire for Flight<D> {
             held.handle.object.last_used.fetch_max(now, Ordering::Relaxed);
         }
         count(&held, Submit::IsOver);
-        let writes = Writes(std::mem::take(&mut self.writes().0));
-        writes.forget(&self.engine);
-        drop(writes);
+        let writes = self.writes().map(|mut writes| Writes(std::mem::take(&mut writes.0)));
+        if let Some(writes) = writes {
+            writes.forget(&self.engine);
+        }
         drop(held);
         drop(underway);
         self.over.bump();

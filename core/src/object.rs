@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 
-use pinfold_invalidate::sync::Futex;
+use pinfold_invalidate::sync::Event;
 use pinfold_invalidate::{Cause, Change, Coverage, HostRange, Shards, Target};
 
 use crate::discard::Discarded;
@@ -48,7 +48,7 @@ pub(crate) struct Object<D: Device> {
     /// Pages that were discarded since the last acquisition.
     pub(crate) discarded: Discarded,
     /// Changes when an acquisition has ended, however it did.
-    pub(crate) ended: Futex,
+    pub(crate) ended: Event,
     /// Object lock. Never taken by the monitor, never held across a device call.
     slot: Mutex<Slot<D>>,
     pub(crate) engine: Arc<Engine<D>>,
@@ -115,7 +115,7 @@ impl<D: Device> Object<D> {
             inflight: AtomicU32::new(0),
             ended_late: AtomicU64::new(0),
             discarded: Discarded::new(),
-            ended: Futex::new(),
+            ended: Event::new(),
             slot: Mutex::new(slot),
             engine,
         }

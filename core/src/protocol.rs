@@ -24,14 +24,20 @@ impl Gates for pinfold_invalidate::Space {
     }
 }
 
-/// The word as it may be believed: seen with the gates of its shards open. `None` if they were closed until the deadline.
+/// The word as it may be believed: seen with the gates of its shards open. `None` if they were closed until the deadline, which is asked for
+/// only where one is closed.
 ///
 /// The shards are part of the word, so it is read once to know the gates and once more to be believed.
-pub fn look<G: Gates + ?Sized>(gates: &G, word: &Word, deadline: Option<Instant>) -> Option<Snapshot> {
+pub fn look<G: Gates + ?Sized>(
+    gates: &G,
+    word: &Word,
+    mut deadline: impl FnMut() -> Option<Instant>,
+) -> Option<Snapshot> {
     loop {
         let shards = word.read().shards;
         for shard in shards.iter() {
-            if !gates.gate(shard).wait_open(deadline) {
+            let gate = gates.gate(shard);
+            if !gate.is_open() && !gate.wait_open(deadline()) {
                 return None;
             }
         }

@@ -102,10 +102,12 @@ impl<D: Device> Object<D> {
     #[allow(clippy::type_complexity)]
     fn ready(self: &Arc<Self>, first: u64) -> Result<Option<(Snapshot, Arc<crate::object::Pin<D>>)>, Error> {
         let engine = &self.engine;
-        let patience = Instant::now() + engine.patience();
+        // The time is read only where somebody has to wait.
+        let mut patience = None;
+        let mut patience = || *patience.get_or_insert_with(|| Instant::now() + engine.patience());
         let mut tried_here = false;
         loop {
-            let seen = protocol::look(&*engine.space, &self.word, Some(patience)).ok_or(Error::Again)?;
+            let seen = protocol::look(&*engine.space, &self.word, || Some(patience())).ok_or(Error::Again)?;
             match seen.state {
                 State::Valid => {
                     if let Some(pin) = self.pin_of(seen) {
@@ -114,7 +116,7 @@ impl<D: Device> Object<D> {
                         return Ok(Some((seen, pin)));
                     }
                     // No pin of that generation: the word has moved since we looked. So it goes round at most once for each change.
-                    if Instant::now() > patience {
+                    if Instant::now() > patience() {
                         return Err(Error::Again);
                     }
                 }

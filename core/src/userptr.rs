@@ -56,8 +56,8 @@ impl<D: Device> Userptr<D> {
         if in_bracket() {
             return Err(Error::Nested);
         }
-        let patience = Instant::now() + object.engine.patience();
-        protocol::look(&*object.engine.space, &object.word, Some(patience)).ok_or(Error::Again)
+        let patience = || Instant::now() + object.engine.patience();
+        protocol::look(&*object.engine.space, &object.word, || Some(patience())).ok_or(Error::Again)
     }
 
     /// How well the range is watched; `None` before the first acquisition.

@@ -29,6 +29,7 @@ use loom::sync::Mutex;
 use loom::thread;
 use pinfold_core::protocol::{self, Gates, Refusal};
 use pinfold_core::state::{Snapshot, State, Step, Word};
+use pinfold_invalidate::sync::{AtomicU32, Event, Ordering};
 use pinfold_invalidate::{Gate, Shards};
 
 /// Runs a model through every interleaving, or every one of at most so many preemptions.
@@ -128,7 +129,7 @@ impl World {
     }
 
     fn look(&self) -> Snapshot {
-        protocol::look(self, &self.word, None).expect("no deadline was given")
+        protocol::look(self, &self.word, || None).expect("no deadline was given")
     }
 
     /// One attempt to take the pages for `noted`, with the checks of the worker in their order. `shards`: where its pages are watched.
@@ -413,6 +414,31 @@ fn whoever_sleeps_before_a_closed_gate_is_woken_by_its_opening() {
         world.gates[0].open();
         looker.join().unwrap();
         submitter.join().unwrap();
+    });
+}
+
+/// Two who wait for a count to become nothing, as the manager's end does, and the one who makes it so. Preemptions ≤ 4.
+#[test]
+fn whoever_sleeps_on_an_event_is_woken_by_its_change() {
+    model(4, || {
+        let shared = Arc::new((Event::new(), AtomicU32::new(1)));
+        let waiters = [(); 2].map(|()| {
+            let shared = Arc::clone(&shared);
+            thread::spawn(move || {
+                let (event, count) = &*shared;
+                loop {
+                    let seen = event.value();
+                    if count.load(Ordering::Acquire) == 0 {
+                        return;
+                    }
+                    event.wait(seen, None);
+                }
+            })
+        });
+        let (event, count) = &*shared;
+        count.fetch_sub(1, Ordering::Release);
+        event.bump();
+        waiters.into_iter().for_each(|waiter| waiter.join().unwrap());
     });
 }
 

@@ -90,3 +90,46 @@ impl Futex {
         self.changed.notify_all();
     }
 }
+
+/// A [`Futex`] that knows how many sleep on it: a change that nobody sleeps for costs no system call.
+///
+/// Who is about to sleep counts itself, passes its fence and looks at the value; who changes the value passes its own and looks at the count. One
+/// of the two sees the other.
+#[derive(Debug, Default)]
+pub struct Event {
+    futex: Futex,
+    /// Threads that sleep, or are about to. Written by them.
+    sleepers: AtomicU32,
+}
+
+impl Event {
+    /// A word that is 0.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// As [`Futex::value`].
+    #[must_use]
+    pub fn value(&self) -> u32 {
+        self.futex.value()
+    }
+
+    /// As [`Futex::bump`].
+    pub fn bump(&self) {
+        self.futex.word.fetch_add(1, Ordering::Release); // as there
+        fence(Ordering::SeqCst); // between our change of the value and our look at the count; partner: `wait`
+        if self.sleepers.load(Ordering::Relaxed) != 0 {
+            self.futex.wake();
+        }
+    }
+
+    /// As [`Futex::wait`].
+    pub fn wait(&self, seen: u32, deadline: Option<Instant>) -> bool {
+        self.sleepers.fetch_add(1, Ordering::Relaxed);
+        fence(Ordering::SeqCst); // between our count and the look at the value before sleeping; partner: `bump`
+        let before_deadline = self.futex.wait(seen, deadline);
+        self.sleepers.fetch_sub(1, Ordering::Relaxed);
+        before_deadline
+    }
+}
