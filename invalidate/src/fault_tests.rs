@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use crate::fault::{Call, refuse, refused};
 use crate::uffd::{Uffd, feature};
 use crate::{
-    Change, Coverage, DirtyTracker, HostRange, ManualReason, Shards, Space, SpaceError, Taken, Target, WatchError,
-    Watched, any_present, monitor, page_size, still_watched,
+    Change, Coverage, DirtyTracker, HostRange, ManualReason, Missing, Shards, Space, SpaceError, Taken, Target,
+    WatchError, Watched, any_present, missing, monitor, page_size, still_watched,
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -261,6 +261,15 @@ fn page_tables_that_can_not_be_asked_tell_nothing_and_everything_counts_as_writt
         assert_eq!(error.raw_os_error(), Some(errno));
         assert_eq!(refuse(Call::Scan, 0, ALWAYS, errno, || still_watched(page)), None, "{errno}");
     }
+    let mut shown = Vec::new();
+    let show = || {
+        missing(page, Missing::Absent, |part| {
+            shown.push(part);
+            Ok::<_, ()>(())
+        })
+    };
+    refuse(Call::Scan, 0, ALWAYS, libc::ENOTTY, show).unwrap();
+    assert_eq!(shown, [page], "what nobody tells is missing");
     assert_eq!(refuse(Call::Scan, 0, 1, libc::EPERM, || still_watched(page)), Some(false), "that it isn't watched");
     assert_eq!(refuse(Call::Scan, 0, ALWAYS, libc::EPERM, || still_watched(page)), None, "that nothing may be asked");
 

@@ -47,6 +47,10 @@ pub(crate) const WRITTEN: u64 = 1 << 1;
 pub(crate) const PRESENT: u64 = 1 << 3;
 /// An entry of the page table without a page: swapped out, or a marker.
 pub(crate) const SWAPPED: u64 = 1 << 4;
+/// The page of zeros that stands for memory which was only read so far.
+const ZERO: u64 = 1 << 5;
+/// Part of a huge page. That one is of zeros not every kernel tells.
+const HUGE: u64 = 1 << 6;
 /// Write-protect what matches, in one step with telling it.
 pub(crate) const WP_MATCHING: u64 = 1 << 0;
 /// Refuse (`EPERM`) mappings whose write faults aren't resolved by the kernel itself.
@@ -127,4 +131,51 @@ pub fn any_present(range: HostRange) -> io::Result<Option<bool>> {
         Err(err) if matches!(err.raw_os_error(), Some(libc::ENOTTY | libc::EACCES | libc::EPERM)) => Ok(None),
         Err(err) => Err(err),
     }
+}
+
+/// What makes a page count as missing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Missing {
+    /// It is not in the page table.
+    Absent,
+    /// Or it is the page of zeros, which the first write replaces. For private anonymous memory.
+    Zero,
+}
+
+/// Shows the parts of a mapped range with missing pages to `found`, in the order of their addresses. What is shown may have a few other pages in
+/// it: those between two parts, and with [`Missing::Zero`] all huge pages, which are few and may be of zeros. All of a range is missing where this
+/// can't be told (as with [`any_present`]).
+///
+/// # Errors
+/// The first of `found`, which ends the search.
+pub fn missing<E>(range: HostRange, what: Missing, mut found: impl FnMut(HostRange) -> Result<(), E>) -> Result<(), E> {
+    /// Parts so many bytes apart are one: a call for each costs more than the pages in between.
+    const NEAR: u64 = 16 << 12;
+    let zero = if what == Missing::Zero { ZERO | HUGE } else { 0 };
+    let want = Wanted { inverted: PRESENT, any: PRESENT | zero, ..Wanted::default() };
+    let mut show = |start, end| found(HostRange::from_bounds(start, end).expect("whole pages of the range"));
+    let (mut at, end) = (range.start() as u64, range.end() as u64);
+    while at < end {
+        let mut regions = [PageRegion::default(); 32];
+        let (count, stopped) = match scan(at, end, want, &mut regions) {
+            Ok((count, stopped)) if stopped > at => (count, stopped),
+            _ => return show(at, end),
+        };
+        let mut last: Option<PageRegion> = None;
+        for region in &regions[..count] {
+            match &mut last {
+                Some(last) if region.start - last.end <= NEAR => last.end = region.end,
+                _ => {
+                    if let Some(last) = last.replace(*region) {
+                        show(last.start, last.end)?;
+                    }
+                }
+            }
+        }
+        if let Some(last) = last {
+            show(last.start, last.end)?;
+        }
+        at = stopped;
+    }
+    Ok(())
 }

@@ -8,6 +8,9 @@
 //! **Protocol.** Three checks, each closing a part: *the probe* (some mutator has not left its wait), *registration* (takes the address space's
 //! lock for writing, so a zap that had it is over), and for discarded pages *absence* (the zap has been there). A mutator that is preempted
 //! between its wait and the lock passes the first two; that is why discarded pages that are seen present are taken a second time later.
+//!
+//! The first probe of an acquisition is for messages that were read before its object was there to be told. A shard of which none has been read since
+//! its probe was last clear needs none, so that an object which could be in any shard doesn't ask the kernel sixteen times.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
@@ -15,15 +18,18 @@ use std::time::{Duration, Instant};
 
 use crate::space::{Inner, Shards, Space};
 use crate::sync::Futex;
+use crate::uffd::Uffd;
 
 impl Space {
-    /// Waits until no mutation of memory in these shards is in flight. Returns false when the deadline has passed first.
+    /// Waits until every mutation of memory in these shards that targets have been told of is over. Returns false when the deadline has passed first.
+    /// Called with the gates seen open. One that has not been told yet will be, so who asks is a target of what it asks for.
     ///
     /// The probe clears after the shard's gate has opened, and nobody is told when: so it is asked again after 50 µs, doubling to 3.2 ms.
     #[must_use]
     pub fn wait_settled(&self, shards: Shards, deadline: Instant) -> bool {
         let mut pause = Duration::from_micros(50);
-        while self.is_busy(shards) {
+        let is_settled = |shard: usize| self.inner.shards[shard].uffd.as_ref().is_none_or(Uffd::is_settled);
+        while !shards.iter().all(is_settled) {
             if Instant::now() >= deadline {
                 return false;
             }

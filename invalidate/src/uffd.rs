@@ -5,7 +5,7 @@
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 use crate::HostRange;
 use crate::fault::{self, Call};
@@ -119,6 +119,10 @@ pub(crate) struct Uffd {
     fd: AtomicI32,
     /// Those obtained; see [`feature`].
     features: u64,
+    /// Messages read so far. Written by who reads, behind the closed gate.
+    read: AtomicU64,
+    /// How many had been read when the probe was last seen clear.
+    settled: AtomicU64,
 }
 
 impl Uffd {
@@ -144,7 +148,7 @@ impl Uffd {
             fd = Self::open_device().ok_or(refused)?.into();
         }
         let fd = RawFd::try_from(fd).expect("a descriptor is an int");
-        Ok(Self { fd: AtomicI32::new(fd), features: 0 })
+        Ok(Self { fd: AtomicI32::new(fd), features: 0, read: AtomicU64::new(0), settled: AtomicU64::new(0) })
     }
 
     /// The way of systems that forbid the system call and guard a device node by its permissions instead.
@@ -234,6 +238,20 @@ impl Uffd {
         matches!(answer, Err(nix::errno::Errno::EAGAIN))
     }
 
+    /// Whether each mutator whose message has been read has left its wait. Asks the kernel only if one has been read since the last clear probe.
+    pub(crate) fn is_settled(&self) -> bool {
+        // Relaxed: the gate, which was closed when they were read and is open now, orders it. Read before the probe, which so covers them all.
+        let read = self.read.load(Ordering::Relaxed);
+        if self.settled.load(Ordering::Relaxed) == read {
+            return true;
+        }
+        let settled = !self.is_busy();
+        if settled {
+            self.settled.store(read, Ordering::Relaxed);
+        }
+        settled
+    }
+
     /// Reads what is there, which frees the mutators that wait for it. Returns the number of messages; 0 when there are none.
     pub(crate) fn read(&self, messages: &mut [Message]) -> usize {
         loop {
@@ -241,7 +259,11 @@ impl Uffd {
             // SAFETY: the buffer is `messages`, borrowed mutably for the call; any bytes make a valid `Message`.
             let got = unsafe { libc::read(self.raw(), messages.as_mut_ptr().cast(), bytes) };
             match usize::try_from(got) {
-                Ok(got) => return got / size_of::<Message>(),
+                Ok(got) => {
+                    let count = got / size_of::<Message>();
+                    self.read.fetch_add(count as u64, Ordering::Relaxed); // before the gate opens
+                    return count;
+                }
                 Err(_) if nix::errno::Errno::last() == nix::errno::Errno::EINTR => {}
                 Err(_) => return 0, // EAGAIN: nothing there; EBADF: closed after a fork
             }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use pinfold_invalidate::{
-    Change, Coverage, DirtyTracker, HostRange, Shards, Space, Taken, Target, any_present, page_size,
+    Change, Coverage, DirtyTracker, HostRange, Missing, Shards, Space, Taken, Target, any_present, missing, page_size,
 };
 
 /// Pages of this test's own.
@@ -376,4 +376,57 @@ fn presence_is_told_of_touched_pages_only() {
     assert_eq!(any_present(pages.part(40, 1)).unwrap(), Some(true));
     assert!(pages.advise(0, 64, libc::MADV_DONTNEED));
     assert_eq!(any_present(pages.0).unwrap(), Some(false));
+}
+
+#[test]
+fn what_is_missing_is_found_with_few_others_whatever_the_pattern() {
+    if any_present(Pages::anonymous(1).0).unwrap().is_none() {
+        eprintln!(
+            "SKIP what_is_missing_is_found_with_few_others_whatever_the_pattern: this kernel has no PAGEMAP_SCAN (Linux 6.7)"
+        );
+        return;
+    }
+    let mut seed = 5_u64;
+    let mut below = |end: u64| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 33) % end
+    };
+    for round in 0..200 {
+        let pages = Pages::anonymous(600);
+        assert!(pages.advise(0, 600, libc::MADV_NOHUGEPAGE));
+        // Runs of one sort; long ones, and in every other round many short ones.
+        let (mut sorts, longest) = (Vec::new(), if round % 2 == 0 { 120 } else { 3 });
+        while sorts.len() < 600 {
+            let (sort, len) = (below(3), 1 + below(longest));
+            (0..len).for_each(|_| sorts.push(sort));
+        }
+        sorts.truncate(600);
+        for (page, sort) in sorts.iter().enumerate() {
+            match sort {
+                0 => {}
+                1 => _ = pages.read(page), // of zeros
+                _ => pages.write(page),
+            }
+        }
+        for (what, least) in [(Missing::Absent, 1), (Missing::Zero, 2)] {
+            let mut shown = Vec::new();
+            missing(pages.0, what, |part| {
+                shown.push(part);
+                Ok::<_, ()>(())
+            })
+            .unwrap();
+            assert!(shown.windows(2).all(|pair| pair[0].end() <= pair[1].start()), "{shown:?}");
+            let is_missing = |page: &usize| sorts[*page] < least;
+            let numbers = pages.numbers(&shown);
+            assert!((0..600).filter(is_missing).all(|page| numbers.binary_search(&page).is_ok()), "{what:?} {round}");
+            for part in &shown {
+                let inside = pages.numbers(&[*part]);
+                assert!(is_missing(&inside[0]) && is_missing(inside.last().unwrap()), "{what:?} {round}");
+                let others = inside.split(is_missing).map(<[usize]>::len).max();
+                assert!(others <= Some(16), "{what:?} {round}: {others:?}");
+            }
+        }
+    }
+    let stopped = missing(Pages::anonymous(3).0, Missing::Absent, |part| Err(part.pages()));
+    assert_eq!(stopped, Err(3));
 }

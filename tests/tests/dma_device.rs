@@ -133,6 +133,38 @@ fn pinned_at_hand_over() -> bool {
 }
 
 #[test]
+fn a_page_that_a_forked_child_has_too_is_pinned_as_the_programs_own() {
+    isolated(|| {
+        let device = device!();
+        let manager = Manager::new(device.clone(), Config::default()).expect("a manager");
+        let region = Region::new(Backing::Anonymous, 64).expect("mapped");
+        region.fill(0..64, 0x11).expect("writable");
+        // SAFETY: no reference points into a region, which lives longer than the object.
+        let object = unsafe { manager.register(region.range(), Access::Read) }.expect("registered");
+        let (end, keep) = std::io::pipe().expect("a pipe");
+        // SAFETY: the child makes two system calls and leaves by one.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            drop(keep);
+            let mut byte = 0_u8;
+            // Until the parent has closed its end.
+            // SAFETY: room for a byte.
+            unsafe { libc::read(std::os::fd::AsRawFd::as_raw_fd(&end), (&raw mut byte).cast(), 1) };
+            // SAFETY: ends the child at once.
+            unsafe { libc::_exit(0) };
+        }
+        let lease = manager.acquire_timeout(&[&object], PATIENCE).expect("pinnable");
+        region.fill(0..64, 0x22).expect("writable"); // which gives the writer a copy of each page that two have
+        let job = device.read_job(&lease.view(0), 0, 64 * page_size()).expect("made");
+        job.start();
+        assert!(job.finish().expect("pinned").iter().all(|&byte| byte == 0x22));
+        drop(keep);
+        // SAFETY: a child of this process, and no room for its status.
+        assert_eq!(unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) }, child);
+    });
+}
+
+#[test]
 fn a_job_whose_import_was_released_says_so() {
     let device = device!();
     let region = Region::new(Backing::Anonymous, 1).expect("mapped");
