@@ -6,8 +6,8 @@
 //! **Law.** An object becomes valid only if nothing has happened to its memory since before its pages were taken, and nothing that had begun
 //! earlier was still going on.
 //!
-//! **Protocol.** In this order, each step for a reason: *note the word* → *gates open* (no event is being handled) → *probe clear* (no mutator
-//! whose message has been read is still in its wait) → *prepare* (aliases, before the range is watched) → *populate* (before watching: a watched range maps page-cache pages one
+//! **Protocol.** In this order, each step for a reason: *note the word* → *gates open* (no event over the range is being handled) → *probe clear* (no
+//! mutator whose message has been read is still in its wait) → *prepare* (aliases, before the range is watched) → *populate* (before watching: a watched range maps page-cache pages one
 //! by one) → *watch* (takes the address space's lock for writing, so a zap that had it is over) → *compare the mappings* → *import* → *probe clear
 //! once more* → *publish* inside the gates, from exactly the word noted. Whatever fails, what was taken is given back, and it begins anew.
 //!
@@ -182,7 +182,7 @@ impl<D: Device> Object<D> {
         let space = &self.engine.space;
         let patience = Instant::now() + effort.patience;
         let shards = if learnt.shards.is_empty() { Shards::ALL } else { learnt.shards };
-        if !space.wait_open(shards, patience) || !space.wait_settled(shards, patience) {
+        if !space.wait_open_for(self.range, shards, patience) || !space.wait_settled(shards, patience) {
             return Ok(Attempt::Crowded);
         }
         if let Some(reserved) = &self.dmabuf {

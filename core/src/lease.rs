@@ -236,7 +236,7 @@ impl<D: Device> Lease<D> {
     /// `Err(Some(index))`: that object is stale. `Err(None)`: a gate stayed closed.
     fn reserve(&self, engine: &Engine<D>) -> Result<Uses, Option<usize>> {
         let mut deadline = None;
-        let leases = self.held.iter().map(|held| (&held.handle.object.word, held.noted));
+        let leases = self.held.iter().map(|held| (&held.handle.object.word, held.noted, held.handle.object.range));
         loop {
             match protocol::reserve(&*engine.space, leases.clone()) {
                 Ok(uses) => return Ok(uses),

@@ -250,7 +250,7 @@ impl<D: Device> Manager<D> {
         }
         let page = pinfold_invalidate::page_size();
         let Ok(range) = HostRange::new(addr & !(page - 1), page) else { return Ok(Vec::new()) };
-        if !engine.space.wait_open(Shards::ALL, Instant::now() + engine.patience()) {
+        if !engine.space.wait_open_for(range, Shards::ALL, Instant::now() + engine.patience()) {
             return Err(Error::Again);
         }
         let mut found = Vec::new();

@@ -8,7 +8,7 @@
 
 use std::time::Instant;
 
-use pinfold_invalidate::{Era, Gate, SHARDS, Shards, Visit};
+use pinfold_invalidate::{Era, Gate, HostRange, SHARDS, Shards, Visit};
 
 use crate::state::{Snapshot, Step, Word};
 
@@ -24,20 +24,21 @@ impl Gates for pinfold_invalidate::Space {
     }
 }
 
-/// The word as it may be believed: seen with the gates of its shards open. `None` if they were closed until the deadline, which is asked for
-/// only where one is closed.
+/// The word of what lies over `range`, as it may be believed: seen with the gates of its shards open and the range told. `None` if that was not so
+/// until the deadline, which is asked for only where somebody has to wait.
 ///
 /// The shards are part of the word, so it is read once to know the gates and once more to be believed.
 pub fn look<G: Gates + ?Sized>(
     gates: &G,
     word: &Word,
+    range: HostRange,
     mut deadline: impl FnMut() -> Option<Instant>,
 ) -> Option<Snapshot> {
     loop {
         let shards = word.read().shards;
         for shard in shards.iter() {
             let gate = gates.gate(shard);
-            if !gate.is_open() && !gate.wait_open(deadline()) {
+            if !gate.is_open_for(range) && !gate.wait_open_for(range, deadline()) {
                 return None;
             }
         }
@@ -50,7 +51,8 @@ pub fn look<G: Gates + ?Sized>(
 
 /// Publishes an acquisition: valid, if no gate of `shards` is closed and the word is still the one noted. `shards` must not be empty.
 ///
-/// Inside the gates, so that a closer either keeps us out or waits until the word is written and then takes it back.
+/// Inside the gates, so that a closer either keeps us out or waits until the word is written and then takes it back. Also if the bytes are untold:
+/// whoever looks at them waits, and then the word is taken back.
 pub fn publish<G: Gates + ?Sized>(gates: &G, word: &Word, noted: Snapshot, shards: Shards) -> Option<Snapshot> {
     let _inside = enter(gates, shards).ok()?;
     word.step_into(noted, Step::Publish, shards).ok()
@@ -59,7 +61,7 @@ pub fn publish<G: Gates + ?Sized>(gates: &G, word: &Word, noted: Snapshot, shard
 /// What the reservation found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
-    /// This gate is closed, and was at this epoch: sleep on it and try again.
+    /// This gate is closed, or bytes of a lease are untold, and so they were at this epoch: sleep on it and try again.
     Closed {
         /// The shard.
         shard: usize,
@@ -77,15 +79,25 @@ pub struct Uses {
     eras: [Option<Era>; SHARDS],
 }
 
-/// Begins one use in every shard of the leases if all gates are open and every word is the one its lease was taken at.
+/// Begins one use in every shard of the leases if all gates are open, all bytes told, and every word is the one its lease was taken at.
 pub fn reserve<'a, G: Gates + ?Sized>(
     gates: &G,
-    leases: impl Iterator<Item = (&'a Word, Snapshot)> + Clone,
+    leases: impl Iterator<Item = (&'a Word, Snapshot, HostRange)> + Clone,
 ) -> Result<Uses, Refusal> {
-    let shards = leases.clone().fold(Shards::NONE, |all, (_, noted)| all.union(noted.shards));
+    let shards = leases.clone().fold(Shards::NONE, |all, (_, noted, _)| all.union(noted.shards));
     let inside = enter(gates, shards)?;
-    if let Some(stale) = leases.into_iter().position(|(word, noted)| word.read() != noted) {
-        return Err(Refusal::Stale(stale));
+    // Nothing is added while we are inside; once for all leases, as it is rare.
+    let behind = shards.iter().filter(|&shard| gates.gate(shard).has_untold()).fold(0, |all, shard| all | 1 << shard);
+    for (index, (word, noted, range)) in leases.enumerate() {
+        for shard in Shards(noted.shards.0 & behind).iter() {
+            let epoch = gates.gate(shard).epoch(); // as in `enter`
+            if gates.gate(shard).is_untold(range) {
+                return Err(Refusal::Closed { shard, epoch });
+            }
+        }
+        if word.read() != noted {
+            return Err(Refusal::Stale(index));
+        }
     }
     // Counted before the visits end: a closer that waits for us to leave finds the use.
     let eras = std::array::from_fn(|shard| inside[shard].as_ref().map(Visit::begin));
@@ -101,13 +113,13 @@ impl Uses {
     }
 }
 
-/// Visits in ascending order of shards. All or none.
+/// Visits in ascending order of shards, also where something is untold. All or none.
 fn enter<G: Gates + ?Sized>(gates: &G, shards: Shards) -> Result<[Option<Visit<'_>>; SHARDS], Refusal> {
     let mut inside = [const { None }; SHARDS];
     for shard in shards.iter() {
         let gate = gates.gate(shard);
         let epoch = gate.epoch(); // before the gate, or the opening we would wait for may have been
-        match gate.try_enter() {
+        match gate.try_enter_beside() {
             Some(visit) => inside[shard] = Some(visit),
             None => return Err(Refusal::Closed { shard, epoch }),
         }

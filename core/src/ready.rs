@@ -107,7 +107,8 @@ impl<D: Device> Object<D> {
         let mut patience = || *patience.get_or_insert_with(|| Instant::now() + engine.patience());
         let mut tried_here = false;
         loop {
-            let seen = protocol::look(&*engine.space, &self.word, || Some(patience())).ok_or(Error::Again)?;
+            let seen =
+                protocol::look(&*engine.space, &self.word, self.range, || Some(patience())).ok_or(Error::Again)?;
             match seen.state {
                 State::Valid => {
                     if let Some(pin) = self.pin_of(seen) {

@@ -57,7 +57,7 @@ impl<D: Device> Userptr<D> {
             return Err(Error::Nested);
         }
         let patience = || Instant::now() + object.engine.patience();
-        protocol::look(&*object.engine.space, &object.word, || Some(patience())).ok_or(Error::Again)
+        protocol::look(&*object.engine.space, &object.word, object.range, || Some(patience())).ok_or(Error::Again)
     }
 
     /// How well the range is watched; `None` before the first acquisition.

@@ -139,7 +139,10 @@ extern "C" fn child() {
     with_active(|inner| {
         inner.close_descriptors();
         // Open, so that a call that overlooks the mark meets no closed gate either: it would wait for an opener that doesn't exist here.
-        inner.shards.iter().for_each(|shard| shard.gate.open());
+        inner.shards.iter().for_each(|shard| {
+            shard.gate.told();
+            shard.gate.open();
+        });
     });
     ACTIVE.store(std::ptr::null_mut(), Ordering::Relaxed);
     drop(HELD.take());

@@ -25,11 +25,18 @@
 //! read. In any other order a waiter can sleep on an epoch that has already passed. The models in `pinfold-core`'s `tests/loom.rs` check each
 //! of these sentences and, by a list of mutations, that they would notice if one were broken.
 //!
+//! **Untold.** One `munmap` may be over a hundred thousand targets, and who has nothing to do with it shall not wait until all are told. So a
+//! closer may open with some of the bytes left *untold*, and clear them when all over them is told. Whoever looks at a target through the open
+//! gate asks for the target's own bytes first; untold ones are as good as a closed gate. Who doesn't name bytes finds the gate closed.
+//! The bounds only grow, by closers with nobody inside, until they are cleared as one: so whoever has seen the gate open sees bounds that hold all
+//! that was untold then, or, by the Acquire of what cleared them, the words of all that was.
+//!
 //! **LATE.** Work that outlives its deadline is moved from `inflight` to `late`: no hold-off waits for it any more, destruction still does.
 //! Each use remembers the *era* it began in, and a give-up begins a new era, so that its end is taken from the right count.
 
 use std::time::Instant;
 
+use crate::HostRange;
 use crate::sync::{AtomicU32, AtomicU64, Futex, Ordering, fence};
 
 /// Gate, users, uses and epoch of one shard. See the module's head for the protocol.
@@ -43,6 +50,9 @@ pub struct Gate {
     flight: AtomicU64,
     /// Uses given up on. Written by `give_up` and by retirement.
     late: AtomicU32,
+    /// The bounds of what changed hands and isn't told yet; none if the end is 0. Written by one thread: the monitor's.
+    untold_start: AtomicU64,
+    untold_end: AtomicU64,
     /// Changes after each opening; those who met a closed gate sleep on it.
     epoch: Futex,
     /// Changes when a count fell while the gate was closed; closers sleep on it.
@@ -72,16 +82,45 @@ impl Gate {
 
     /// Enters if the gate is open. What the visitor reads afterwards (the words of objects) is not older than the last opening.
     pub fn try_enter(&self) -> Option<Visit<'_>> {
+        self.try_enter_beside().filter(|_| !self.has_untold())
+    }
+
+    /// As [`try_enter`](Self::try_enter), also while something is untold: the visitor must ask [`is_untold`](Self::is_untold) of the bytes
+    /// whose words it reads, before it reads them.
+    pub fn try_enter_beside(&self) -> Option<Visit<'_>> {
         self.users.fetch_add(1, Ordering::Relaxed);
         let visit = Visit { gate: self }; // leaves on every path
         fence(Ordering::SeqCst); // between our store to `users` and our load of `closed`; partner: `close`
-        self.is_open().then_some(visit)
+        self.is_unheld().then_some(visit)
     }
 
-    /// Whether nobody holds the gate closed. Acquire: pairs with the Release in [`open`](Self::open); who sees the gate open sees what its
-    /// closers did to the words.
+    /// Whether nobody holds the gate closed, and everything is told.
     pub fn is_open(&self) -> bool {
+        self.is_unheld() && !self.has_untold()
+    }
+
+    /// Whether nobody holds the gate closed, and these bytes are told.
+    pub fn is_open_for(&self, range: HostRange) -> bool {
+        self.is_unheld() && !self.is_untold(range)
+    }
+
+    /// Acquire: pairs with the Release in [`open`](Self::open); who sees the gate open sees what its closers did to the words, and left untold.
+    fn is_unheld(&self) -> bool {
         self.closed.load(Ordering::Acquire) == 0
+    }
+
+    /// Whether something is untold. To be asked with the gate seen open.
+    pub fn has_untold(&self) -> bool {
+        // Acquire: pairs with the Release in `told`; who sees nothing untold sees what became of the words.
+        self.untold_end.load(Ordering::Acquire) != 0
+    }
+
+    /// Whether some of these bytes may be untold. To be asked with the gate seen open.
+    pub fn is_untold(&self, range: HostRange) -> bool {
+        // Acquire: pairs with the fence in `close`; who sees a bound that was left after it sees what was told before.
+        let start = self.untold_start.load(Ordering::Acquire);
+        let end = self.untold_end.load(Ordering::Acquire); // pairs with the Release in `told`
+        start < range.end() as u64 && (range.start() as u64) < end
     }
 
     /// The epoch to sleep on. Read it *before* asking [`is_open`](Self::is_open).
@@ -94,11 +133,22 @@ impl Gate {
         self.epoch.wait(epoch, deadline)
     }
 
-    /// Waits until the gate is seen open. Returns false when the deadline has passed first; the gate must then not be looked through.
+    /// Waits until the gate is seen open, and everything told. Returns false when the deadline has passed first; the gate must then not be
+    /// looked through.
     pub fn wait_open(&self, deadline: Option<Instant>) -> bool {
+        self.wait_until(deadline, || self.is_open())
+    }
+
+    /// Waits until the gate is seen open, and these bytes told. Returns false when the deadline has passed first; nothing over them must then be
+    /// looked at.
+    pub fn wait_open_for(&self, range: HostRange, deadline: Option<Instant>) -> bool {
+        self.wait_until(deadline, || self.is_open_for(range))
+    }
+
+    fn wait_until(&self, deadline: Option<Instant>, is_open: impl Fn() -> bool) -> bool {
         loop {
             let epoch = self.epoch();
-            if self.is_open() {
+            if is_open() {
                 return true;
             }
             if !self.wait_epoch(epoch, deadline) {
@@ -155,6 +205,26 @@ impl Gate {
         // Release: pairs with the Acquire in `is_open`.
         let before = self.closed.fetch_sub(1, Ordering::Release);
         debug_assert!(before > 0, "a gate is opened by whoever closed it");
+        self.epoch.bump();
+    }
+
+    /// Leaves bytes untold when the gate opens. Called with the gate closed and nobody inside, by the one thread that tells.
+    pub fn leave_untold(&self, range: HostRange) {
+        let (mut start, mut end) = (range.start() as u64, range.end() as u64);
+        let seen = self.untold_end.load(Ordering::Relaxed);
+        if seen != 0 {
+            start = start.min(self.untold_start.load(Ordering::Relaxed));
+            end = end.max(seen);
+        }
+        // Relaxed: the fence of this round's `close` stands between what was told before and these; it pairs with the Acquire in `is_untold`.
+        self.untold_start.store(start, Ordering::Relaxed);
+        self.untold_end.store(end, Ordering::Relaxed);
+    }
+
+    /// Everything is told: nothing is untold any more. Wakes those who wait for it.
+    pub fn told(&self) {
+        // Release: pairs with the Acquire in `is_untold` and `has_untold`.
+        self.untold_end.store(0, Ordering::Release);
         self.epoch.bump();
     }
 
@@ -286,6 +356,26 @@ mod tests {
             s.spawn(|| gate.end(era));
             assert!(gate.wait_quiet(None));
         });
+    }
+
+    #[test]
+    fn what_is_untold_is_closed_and_what_lies_beside_is_open() {
+        let pages = |first: usize, count: usize| HostRange::new(first << 12, count << 12).unwrap();
+        let gate = Gate::new();
+        gate.close();
+        gate.leave_untold(pages(4, 2));
+        gate.open();
+        assert!(gate.try_enter().is_none() && !gate.wait_open(passed()), "who names nothing waits for everything");
+        assert!(gate.try_enter_beside().is_some());
+        let untold = |gate: &Gate| [3, 4, 5, 6, 9].map(|page| !gate.wait_open_for(pages(page, 1), passed()));
+        assert_eq!(untold(&gate), [false, true, true, false, false]);
+        gate.close();
+        gate.leave_untold(pages(8, 2));
+        gate.open();
+        assert_eq!(untold(&gate), [false, true, true, true, true], "one pair of bounds for all");
+        gate.told();
+        assert_eq!(untold(&gate), [false; 5]);
+        assert!(gate.try_enter().is_some() && gate.is_open());
     }
 
     #[test]

@@ -38,6 +38,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use arc_swap::{ArcSwap, ArcSwapOption};
 
 use crate::HostRange;
+pub(crate) use node::Key;
 use node::{Item, Link, Node};
 use stock::{List, Stock};
 use tree::Tree;
@@ -146,6 +147,35 @@ impl<T> Index<T> {
     /// Shows every entry that overlaps `range`, in the order of first addresses, then of ids.
     pub fn visit_overlapping(&self, range: HostRange, visit: impl FnMut(Entry<'_, T>)) {
         self.visit(range.start(), range.end(), &mut || (), visit);
+    }
+
+    /// As [`visit_overlapping`](Self::visit_overlapping), but only the first `most` of those that come behind `after`. `Some`: there may be more,
+    /// behind that one. Who goes on behind it sees what is there then.
+    pub(crate) fn visit_some(
+        &self,
+        range: HostRange,
+        after: Option<Key>,
+        most: usize,
+        mut visit: impl FnMut(Entry<'_, T>),
+    ) -> Option<Key> {
+        let mut last = after;
+        let mut left = most;
+        let low = after.map_or(range.start(), |(low, _)| low.max(range.start()));
+        let stopped = self.visit_until(low, range.end(), &mut || (), |entry| {
+            let key = (entry.range.start(), entry.id);
+            // What begins before `low` and reaches beyond it.
+            if after.is_some_and(|after| key <= after) {
+                return ControlFlow::Continue(());
+            }
+            if left == 0 {
+                return ControlFlow::Break(());
+            }
+            left -= 1;
+            last = Some(key);
+            visit(entry);
+            ControlFlow::Continue(())
+        });
+        if stopped.is_break() { last } else { None }
     }
 
     /// Whether `test` holds for an entry that overlaps `range`. Asks no further once it does.

@@ -4,11 +4,14 @@
 //! assume the worst of a shard before it reads, and must be done with what it read before anybody can look at the result.
 //!
 //! **Law.** A message is read only while the shard's gate is closed, nobody is inside and nothing is under way, or after the deadline when the
-//! shard's uses have been moved to *late*. A gate opens only after every target over the message's range has been told.
+//! shard's uses have been moved to *late*. A gate opens only after every target over the message's range has been told, or with the range left
+//! *untold*, which is as good as closed for whoever looks at these targets, and for nobody else.
 //!
 //! **Protocol.** Three passes over the shards that have something: close all their gates (so that their uses drain side by side); for each,
 //! wait, read until empty, tell; then open all. One read may free many mutators: the whole shard is quiet. Everything is preallocated, see
 //! `event_path.rs`. The shard without hold-off is read first and told afterwards, its gate closed all the while.
+//! One message may be over a hundred thousand targets. A round tells the first of them and puts the rest on the *backlog*, which is told in
+//! batches between rounds: so neither the next mutator nor a user of other memory waits for more than a batch.
 //!
 //! **If it fails.** A target that panics is counted and the others are told. If a round panics, or the thread is gone (the watchdog notices and
 //! becomes the monitor), nobody knows what had been read and not told: then every target is told of everything, the ledger is compared with the
@@ -24,14 +27,30 @@ use std::time::{Duration, Instant};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use crate::HostRange;
 use crate::event_path::EventPath;
 use crate::fault::{self, Call};
+use crate::index::Key;
 use crate::space::{Cause, Change, Inner, NO_HOLD, SHARDS, Shard, Shards, SpaceError};
 use crate::uffd::{Event, Message, close_once};
 use crate::watchdog::Phase;
+use crate::{Entry, HostRange, Target};
 
 const KICK: u64 = SHARDS as u64;
+
+/// Targets told at a time: some ten microseconds' worth.
+const BATCH: usize = 256;
+
+/// A change that not everybody has been told of.
+#[derive(Clone, Copy)]
+struct Rest {
+    shard: usize,
+    change: Change,
+    /// The target told last.
+    after: Key,
+}
+
+/// What is left of the last rounds. Where it is full, a round tells everybody itself.
+type Backlog = [Option<Rest>; 16];
 
 /// What other threads need of the monitor: a way to wake it.
 #[derive(Debug)]
@@ -129,20 +148,30 @@ pub(crate) fn run(inner: &Arc<Inner>) {
     // SAFETY: has no preconditions.
     inner.monitor.thread.store(unsafe { libc::gettid() }, Ordering::Relaxed);
     let mut messages = [Message::default(); 64];
+    let mut backlog: Backlog = [None; 16];
     while !inner.stop.load(Ordering::SeqCst) {
         inner.watchdog.enter(Phase::Idle);
-        let ready = inner.monitor.ready(EpollTimeout::NONE);
+        let behind = backlog.iter().any(Option::is_some);
+        let ready = inner.monitor.ready(if behind { EpollTimeout::ZERO } else { EpollTimeout::NONE });
         inner.watchdog.enter(Phase::Working);
         inner.monitor.beat.fetch_add(1, Ordering::Relaxed);
         let _mark = EventPath::enter();
         if ready.kicked {
             inner.monitor.unkick();
         }
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| round(inner, ready.readable, &mut messages))) {
-            std::mem::forget(panic); // frees nothing here
-            recover(inner);
+        let work = || {
+            round(inner, ready.readable, &mut messages, &mut backlog);
+            catch_up(inner, &mut backlog)
+        };
+        match catch_unwind(AssertUnwindSafe(work)) {
+            Ok(false) => inner.owes.settling(),
+            Ok(true) => {} // the settle thread would look through all of it, several times
+            Err(panic) => {
+                std::mem::forget(panic); // frees nothing here
+                backlog = [None; 16];
+                recover(inner);
+            }
         }
-        inner.owes.settling();
     }
 }
 
@@ -158,14 +187,17 @@ pub(crate) fn recover(inner: &Inner) {
     let change =
         Change { range: HostRange::everything(), cause: Cause::Lost, held: Duration::ZERO, late, no_hold: false };
     announce(inner, &change);
-    inner.shards.iter().for_each(|shard| shard.gate.open());
+    inner.shards.iter().for_each(|shard| {
+        shard.gate.told();
+        shard.gate.open();
+    });
     let closed = Shards(inner.monitor.closed.swap(0, Ordering::Relaxed) as u16);
     closed.iter().for_each(|shard| inner.shards[shard].gate.open());
     inner.counters.recoveries.fetch_add(1, Ordering::Relaxed);
     inner.owes.settling();
 }
 
-fn round(inner: &Inner, readable: Shards, messages: &mut [Message]) {
+fn round(inner: &Inner, readable: Shards, messages: &mut [Message], backlog: &mut Backlog) {
     let begun = Instant::now();
     let deadline = begun + inner.deadline();
     for shard in readable.iter() {
@@ -187,7 +219,8 @@ fn round(inner: &Inner, readable: Shards, messages: &mut [Message]) {
             }
             any |= got > 0;
             for message in &messages[..got] {
-                tell(inner, Shards::one(number), message, held, late, no_hold);
+                let Some(change) = take_in(inner, Shards::one(number), message, held, late, no_hold) else { continue };
+                tell_some(inner, number, change, backlog);
             }
             if got < messages.len() {
                 break;
@@ -223,12 +256,57 @@ pub(crate) fn quiesce(inner: &Inner, shard: &Shard, deadline: Instant) -> bool {
 
 fn drain_log(inner: &Inner) {
     while let Some(message) = inner.watchdog.log.pop() {
-        tell(inner, Shards::ALL, &message, Duration::ZERO, true, false); // the log doesn't say whose it was
+        // The log doesn't say whose it was.
+        if let Some(change) = take_in(inner, Shards::ALL, &message, Duration::ZERO, true, false) {
+            announce(inner, &change);
+        }
     }
 }
 
-fn tell(inner: &Inner, from: Shards, message: &Message, held: Duration, late: bool, no_hold: bool) {
-    let Some(event) = message.decode() else { return };
+/// Tells the first of those over the range, with the gate closed, and leaves the others to [`catch_up`].
+fn tell_some(inner: &Inner, shard: usize, change: Change, backlog: &mut Backlog) {
+    let Some(place) = backlog.iter_mut().find(|place| place.is_none()) else { return announce(inner, &change) };
+    let tell_and_queue = |entry: Entry<'_, Arc<dyn Target>>| {
+        tell(inner, &entry, &change);
+        queue(inner, &entry, &change);
+    };
+    if let Some(after) = inner.index.visit_some(change.range, None, BATCH, tell_and_queue) {
+        inner.shards[shard].gate.leave_untold(change.range);
+        *place = Some(Rest { shard, change, after });
+    }
+}
+
+/// Tells one more batch of the backlog, through an open gate: whoever looks at these targets waits until it says that everything is told.
+/// Returns whether something is left.
+fn catch_up(inner: &Inner, backlog: &mut Backlog) -> bool {
+    let Some(place) = backlog.iter_mut().find(|place| place.is_some()) else { return false };
+    let rest = place.as_mut().expect("the place was just found taken");
+    let change = rest.change;
+    match inner.index.visit_some(change.range, Some(rest.after), BATCH, |entry| tell(inner, &entry, &change)) {
+        Some(after) => rest.after = after,
+        None => {
+            let shard = rest.shard;
+            *place = None;
+            // All at once: they are far more than the queue has room for.
+            inner.unsettled.add(change.range);
+            if !backlog.iter().flatten().any(|rest| rest.shard == shard) {
+                inner.shards[shard].gate.told();
+            }
+        }
+    }
+    backlog.iter().any(Option::is_some)
+}
+
+/// Writes down what the message says has happened.
+fn take_in(
+    inner: &Inner,
+    from: Shards,
+    message: &Message,
+    held: Duration,
+    late: bool,
+    no_hold: bool,
+) -> Option<Change> {
+    let event = message.decode()?;
     inner.counters.events.fetch_add(1, Ordering::Relaxed);
     inner.happens(event);
     let (range, cause) = match event {
@@ -239,22 +317,31 @@ fn tell(inner: &Inner, from: Shards, message: &Message, held: Duration, late: bo
         }
         Event::Remap { from, .. } => (from, Cause::Remap),
     };
-    announce(inner, &Change { range, cause, held, late, no_hold });
+    Some(Change { range, cause, held, late, no_hold })
 }
 
 /// Tells every target over the range and puts it on the list of those to be settled. Called with the gates closed and the event path marked.
 pub(crate) fn announce(inner: &Inner, change: &Change) {
     inner.index.visit_overlapping(change.range, |entry| {
-        // One that panics counts as told: the others must be, and the gates must open.
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| entry.value.invalidated(change))) {
-            std::mem::forget(panic);
-            inner.counters.panics.fetch_add(1, Ordering::Relaxed);
-        }
-        // The clone goes to the queue or, if that is full, is dropped here while the index still holds the target: never the last one.
-        if inner.settling.push(Arc::clone(&**entry.value)).is_err() {
-            inner.unsettled.add(change.range);
-        }
+        tell(inner, &entry, change);
+        queue(inner, &entry, change);
     });
+}
+
+fn tell(inner: &Inner, entry: &Entry<'_, Arc<dyn Target>>, change: &Change) {
+    // One that panics counts as told: the others must be, and the gates must open.
+    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| entry.value.invalidated(change))) {
+        std::mem::forget(panic);
+        inner.counters.panics.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Puts a target that was told on the list of those to be settled.
+fn queue(inner: &Inner, entry: &Entry<'_, Arc<dyn Target>>, change: &Change) {
+    // The clone goes to the queue or, if that is full, is dropped here while the index still holds the target: never the last one.
+    if inner.settling.push(Arc::clone(&**entry.value)).is_err() {
+        inner.unsettled.add(change.range);
+    }
 }
 
 fn nanos(duration: Duration) -> u64 {

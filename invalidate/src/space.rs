@@ -337,10 +337,17 @@ impl Space {
         self.inner.index.for_each(|entry| visit(entry.value));
     }
 
-    /// Waits until no gate of the set is closed. Returns false when `deadline` has passed first: then nothing may be looked at.
+    /// Waits until no gate of the set is closed and everything is told. Returns false when `deadline` has passed first: then nothing may be looked
+    /// at.
     #[must_use]
     pub fn wait_open(&self, shards: Shards, deadline: Instant) -> bool {
         shards.iter().all(|shard| self.gate(shard).wait_open(Some(deadline)))
+    }
+
+    /// As [`wait_open`](Self::wait_open), for whoever looks at what lies over these bytes only: doesn't wait until others are told.
+    #[must_use]
+    pub fn wait_open_for(&self, range: HostRange, shards: Shards, deadline: Instant) -> bool {
+        shards.iter().all(|shard| self.gate(shard).wait_open_for(range, Some(deadline)))
     }
 
     /// Whether some mutation of memory in these shards is in flight: begun, and its mutator still waiting for us. Costs 0.3 µs a shard.

@@ -23,7 +23,7 @@ const FREE: usize = usize::MAX;
 pub(super) type Link = *const ();
 
 /// What orders items: the first address, then the id.
-pub(super) type Key = (usize, u64);
+pub(crate) type Key = (usize, u64);
 
 /// One item of a node, out of its arrays.
 #[derive(Debug, Clone, Copy)]
