@@ -1,6 +1,8 @@
 //! Memory of the harness's own: anonymous mappings that are there, populated, until they are dropped or unmapped on purpose.
 
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 
 use anyhow::{Context, Result};
 use pinfold_vulkan::{HostRange, page_size};
@@ -28,6 +30,18 @@ impl Memory {
         let start = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, -1, 0) };
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error()).with_context(|| format!("no room for {len} bytes"));
+        }
+        Ok(Self { start: start.cast(), len })
+    }
+
+    /// All of a file, shared; what is read of it is in the page cache, and no page is mapped yet.
+    pub(crate) fn of_file(file: &File) -> Result<Self> {
+        let len = usize::try_from(file.metadata()?.len())?;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: the kernel chooses a free place, so no memory in use is replaced.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, libc::MAP_SHARED, file.as_raw_fd(), 0) };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error()).with_context(|| format!("no room for {len} bytes of a file"));
         }
         Ok(Self { start: start.cast(), len })
     }
@@ -64,9 +78,30 @@ impl Memory {
         unsafe { byte.write_volatile(byte.addr() as u8 | 1) };
     }
 
+    /// Reads one byte of the page.
+    pub(crate) fn look(&self, page: usize) {
+        let at = page * page_size();
+        assert!(at < self.len, "page {page} lies outside");
+        // SAFETY: checked to lie inside.
+        let byte = unsafe { self.start.add(at) };
+        // SAFETY: readable memory of ours.
+        std::hint::black_box(unsafe { byte.read_volatile() });
+    }
+
     /// Unmaps it all now.
     pub(crate) fn unmap(self) {
         drop(self);
+    }
+
+    /// Unmaps its first pages, and keeps the others.
+    pub(crate) fn without_head(mut self, pages: usize) -> Self {
+        let head = pages * page_size();
+        assert!(head < self.len, "{pages} pages are all of it");
+        // SAFETY: a part of our mapping, which holds nothing that anybody needs; from here on it is not ours.
+        let answer = unsafe { libc::munmap(self.start.cast(), head) };
+        assert_eq!(answer, 0, "a part of a mapping can be unmapped");
+        (self.start, self.len) = (self.start.wrapping_add(head), self.len - head);
+        self
     }
 
     /// Gives its pages back and keeps the mapping.

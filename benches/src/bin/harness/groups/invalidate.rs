@@ -4,6 +4,10 @@
 //! userfaultfd whose reader does nothing, is pinned the same way.
 
 use std::cell::RefCell;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Instant;
@@ -306,7 +310,52 @@ fn touching(session: &mut Session, space: &Arc<Space>) -> Result<()> {
         session
             .measure(plan.against(Contender::new("not watched", || touch(By::Nobody, populated)), Goal::ratio(1.1)))?;
     }
+    // What a watch costs memory that was not populated before: the kernel maps the pages of the page cache one by one, and not sixteen at a time.
+    for (name, file) in [
+        ("first look at watched shared memory, untouched", shared_memory(PAGES)),
+        ("first look at a watched file on a disk, untouched", file_on_disk(PAGES)),
+    ] {
+        let file = match file {
+            Ok(file) => file,
+            Err(why) => {
+                session.absent(name, format!("{why:#}"));
+                continue;
+            }
+        };
+        let look = |by: By<'_>| -> Result<f64> {
+            let memory = Memory::of_file(&file)?;
+            by.watch(memory.range(), 0)?;
+            let mut page = 0;
+            let time = cpu(PAGES, || {
+                memory.look(page);
+                page += 1;
+            });
+            by.end(memory.range(), 0);
+            Ok(time)
+        };
+        let plan = Plan::new(name, "ns", Contender::new("watched by pinfold", || look(By::Ours(space)))).clock("cpu");
+        session.measure(plan.against(Contender::new("not watched", || look(By::Nobody)), None))?;
+    }
     Ok(())
+}
+
+/// Shared memory whose pages are there, mapped nowhere.
+fn shared_memory(pages: usize) -> Result<File> {
+    // SAFETY: the name is a string that ends; the call makes a descriptor.
+    let fd = unsafe { libc::memfd_create(c"pinfold-harness".as_ptr(), libc::MFD_CLOEXEC) };
+    ensure!(fd >= 0, "memfd_create: {}", std::io::Error::last_os_error());
+    // SAFETY: just made, and nobody else's.
+    let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    (&file).write_all(&vec![1; pages * page_size()])?;
+    Ok(file)
+}
+
+/// A file without a name, in the page cache. `/var/tmp` is on a disk where anything is.
+fn file_on_disk(pages: usize) -> Result<File> {
+    let flags = libc::O_TMPFILE | libc::O_CLOEXEC;
+    let file = File::options().read(true).write(true).custom_flags(flags).open("/var/tmp").context("/var/tmp")?;
+    (&file).write_all(&vec![1; pages * page_size()])?;
+    Ok(file)
 }
 
 /// A mapping that nobody watches, in a process that watches another, and in one that watches none.
@@ -373,6 +422,31 @@ fn en_masse(session: &mut Session) -> Result<()> {
         curve.push((count as f64, session.measure(plan.at_most(rounds))?));
     }
     session.curve("one munmap over all objects", "objects", "µs", curve)?;
+
+    // Whoever comes next, in the same shard: a discard of other watched memory, which waits for the reader of events.
+    let count = session.mode.pick(5_000, 100_000, 100_000);
+    if (count * page_size()) as u64 <= memory_available() / 4 {
+        let next = |before: usize| -> Result<f64> {
+            let all = Memory::populated((count + 2) * page_size())?;
+            let watched = space.watch(all.range())?;
+            let ranges: Vec<_> = (0..count + 2).map(|at| all.part(at, page_size())).collect();
+            let over = |id: usize| {
+                let told = Told { shards: AtomicU16::new(watched.shards.0) };
+                space.insert(ranges[id], id as u64, Arc::new(told));
+            };
+            (0..before).for_each(over);
+            (count..count + 2).for_each(over);
+            let others = all.without_head(count);
+            let begun = Instant::now();
+            others.discard();
+            let time = microseconds(begun.elapsed());
+            (0..before).chain(count..count + 2).for_each(|id| space.remove(ranges[id], id as u64));
+            Ok(time)
+        };
+        let name = format!("the next madvise, of other memory, after one munmap over {}", counted(count, "object"));
+        let plan = Plan::new(name, "µs", Contender::new("pinfold", || next(count)));
+        session.measure(plan.against(Contender::new("after one over none", || next(0)), None).at_most(11))?;
+    }
 
     // The look-up that follows pays nothing for them: it is the same one as before.
     let memory = Memory::populated(page_size())?;
