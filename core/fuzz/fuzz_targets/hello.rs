@@ -1,5 +1,5 @@
 //! Whatever the other side of the socket says first: it is refused, or says the same when it is said again.
-//! `cargo +nightly fuzz run hello` in `core`.
+//! `scripts/fuzz 60 hello`.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,5 +1,5 @@
 //! Whatever bytes a read returned: they split into records that are what they were, and every record decodes.
-//! `cargo +nightly fuzz run records` in `core`.
+//! `scripts/fuzz 60 records`.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,4 +1,4 @@
-//! Any changes and questions, in any order, against a sorted map that is looked at whole: `cargo +nightly fuzz run index`.
+//! Any changes and questions, in any order, against a sorted map that is looked at whole: `scripts/fuzz 60 index`.
 //!
 //! Each change is six bytes: what, where, how long, which id. Ranges crowd into 4,096 pages and 16 ids, so that they overlap, repeat and meet again.
 
