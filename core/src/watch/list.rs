@@ -101,15 +101,10 @@ impl WatchList {
     /// a loss record instead.
     #[inline]
     pub fn post(&self, object: u64, record: &Record) {
-        self.inner.posted_to.read(|watches| {
-            let everything = watches.partition_point(|watch| watch.scope == Scope::All);
-            let (all, rest) = watches.split_at(everything);
-            let first = rest.partition_point(|watch| watch.scope < Scope::Object(object));
-            let these = rest[first..].iter().take_while(|watch| watch.scope == Scope::Object(object));
-            for watch in all.iter().chain(these) {
-                watch.queue.offer(object, record, watch.tag);
-            }
-        });
+        // Only this much in the caller: most posts find nobody.
+        if self.is_watched() {
+            self.inner.post(object, record);
+        }
     }
 
     /// Whether a post would find a watch at all. Cheap, for callers that would have to build the record first; may lag.
@@ -203,6 +198,18 @@ pub(super) struct ListInner {
 }
 
 impl ListInner {
+    fn post(&self, object: u64, record: &Record) {
+        self.posted_to.read(|watches| {
+            let everything = watches.partition_point(|watch| watch.scope == Scope::All);
+            let (all, rest) = watches.split_at(everything);
+            let first = rest.partition_point(|watch| watch.scope < Scope::Object(object));
+            let these = rest[first..].iter().take_while(|watch| watch.scope == Scope::Object(object));
+            for watch in all.iter().chain(these) {
+                watch.queue.offer(object, record, watch.tag);
+            }
+        });
+    }
+
     fn add(&self, this: &Weak<Self>, queue: &Arc<QueueInner>, scope: Scope, tag: u8) -> Result<(), WatchError> {
         if queue.is_defunct() {
             return Err(WatchError::Defunct);
