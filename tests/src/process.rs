@@ -142,6 +142,7 @@ fn run_child(test: &str, key: &str, limit: Duration) -> (Option<ExitStatus>, Str
     unsafe { command.pre_exec(no_core_and_no_orphan) };
     let mut child = command.spawn().expect("the test program starts once more");
     let status = wait(&mut child, limit * patience_factor());
+    crate::memory::remove_left_by(child.id());
     let mut text = Vec::new();
     written.rewind().expect("rewinding a memfd");
     written.read_to_end(&mut text).expect("reading a memfd");
@@ -195,6 +196,7 @@ pub fn readable(fd: &impl AsFd, limit: Duration) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::{Backing, Region};
 
     #[test]
     fn each_way_to_end_is_told_apart() {
@@ -226,6 +228,18 @@ mod tests {
         });
         ending.expect_signal(libc::SIGSEGV);
         assert!(ending.output.contains("last words"));
+    }
+
+    #[test]
+    fn the_files_of_a_child_that_crashed_are_removed() {
+        let ending = isolated(|| {
+            let regions = [Backing::FilePrivate, Backing::Shm].map(|backing| Region::new(backing, 1).unwrap());
+            println!("pages of {} files, by {}", regions.len(), std::process::id());
+            crash();
+        });
+        ending.expect_signal(libc::SIGSEGV);
+        let child = ending.output.split_once(" by ").map(|(_, rest)| rest.split_whitespace().next().unwrap().parse());
+        assert_eq!(crate::memory::remove_left_by(child.unwrap().unwrap()), 0, "nothing was left to remove");
     }
 
     fn crash() {

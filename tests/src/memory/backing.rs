@@ -103,8 +103,8 @@ impl Backing {
                 let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
                 Source { file: File::from(memfd_create(c"pinfold-tests", flags)?), path: None }
             }
-            Self::Shm => Source::create(&["/dev/shm".into()], false)?,
-            _ => Source::create(&[std::env::temp_dir(), "/var/tmp".into(), std::env::current_dir()?], true)?,
+            Self::Shm => Source::create(&[SHM.into()], false)?,
+            _ => Source::create(&disks(), true)?,
         };
         std::io::Write::write_all(&mut &source.file, &contents())?;
         if self == Self::MemfdSealedReadOnly {
@@ -115,6 +115,27 @@ impl Backing {
         }
         Ok(Some(source))
     }
+}
+
+/// Where shared memory has names.
+const SHM: &str = "/dev/shm";
+
+/// Where there may be a disk.
+fn disks() -> Vec<PathBuf> {
+    [std::env::temp_dir(), "/var/tmp".into()].into_iter().chain(std::env::current_dir()).collect()
+}
+
+fn name_prefix(process: u32) -> String {
+    format!("pinfold-tests-{process}-")
+}
+
+/// Removes the files behind regions of a process that has ended without dropping them. Returns how many.
+pub(crate) fn remove_left_by(process: u32) -> usize {
+    let prefix = name_prefix(process);
+    let folders = disks().into_iter().chain([SHM.into()]);
+    let entries = folders.filter_map(|folder| std::fs::read_dir(folder).ok()).flatten().flatten();
+    let left = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix));
+    left.filter(|entry| std::fs::remove_file(entry.path()).is_ok()).count()
 }
 
 /// The file behind a region; its name goes when the region goes.
@@ -128,7 +149,7 @@ impl Source {
     /// A new file in the first of the folders that takes one, and has a disk behind it if that is wanted.
     fn create(folders: &[PathBuf], disk: bool) -> io::Result<Self> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
-        let name = format!("pinfold-tests-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let name = format!("{}{}", name_prefix(std::process::id()), COUNT.fetch_add(1, Ordering::Relaxed));
         for folder in folders {
             let path = folder.join(&name);
             let Ok(file) = OpenOptions::new().read(true).write(true).create_new(true).open(&path) else { continue };

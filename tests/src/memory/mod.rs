@@ -11,5 +11,6 @@ mod pages;
 mod region;
 
 pub use backing::Backing;
+pub(crate) use backing::remove_left_by;
 pub use pages::{cached_pages, find_mapping, peek, poke, present_pages};
 pub use region::{Move, Region};
