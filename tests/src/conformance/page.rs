@@ -82,8 +82,9 @@ const HEAD: &str = "\
 
 `scripts/test` runs everything: what needs no Vulkan once, what does on each driver, all of it again as an ordinary user. What stands behind the tests
 (real memory of every kind, devices, child processes) is this package's library; `tests/` has the programs. A test that needs what the machine lacks says
-`SKIP` and is not counted as passed. `scripts/soak` runs what gains by running longer. `scripts/fuzz` runs the fuzz
-targets of the decoders and of the index, guided by coverage, with the stable compiler.
+`SKIP` and is not counted as passed. `scripts/soak` runs what gains by running longer, and `scripts/test-vm`: what a kernel may change, on stock kernels 6.12
+(udmabuf, DMA heaps) and 6.1 (neither, and fewer abilities of userfaultfd and io_uring) in an emulated machine, which takes too long for every change.
+`scripts/fuzz` runs the fuzz targets of the decoders and of the index, guided by coverage, with the stable compiler.
 
 The devices are a *scripted* one, which copies what it is given and does what a test tells it; the *DMA* device, which pins real pages by io_uring's
 fixed buffers and moves bytes through the pins by itself, so that a stale pin shows; and the *Vulkan drivers* lavapipe and SwiftShader, with the
