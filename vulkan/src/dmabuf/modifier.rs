@@ -81,8 +81,7 @@ impl Import {
     /// added. The pixels that are there already are seen after a barrier out of the foreign queue family ([`image_from_foreign`]).
     ///
     /// # Errors
-    /// [`ImageError::NotEnabled`] on devices without `VK_EXT_image_drm_format_modifier`, which is most that need no GPU; otherwise the
-    /// [`ImageError`] that says what doesn't fit.
+    /// [`ImageError::NotEnabled`] on devices without `VK_EXT_image_drm_format_modifier`; otherwise the [`ImageError`] that says what doesn't fit.
     ///
     /// # Safety
     /// Those of [`image`](Self::image).
