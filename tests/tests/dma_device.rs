@@ -1,6 +1,8 @@
 //! The device in software is a fair stand-in: it pins, moves bytes through the pin, keeps an old page when the program gets a new one, and
 //! refuses what can't be pinned.
 
+use std::time::Instant;
+
 use pinfold_core::{Access, Config, DeviceError, Manager, Outcome};
 use pinfold_invalidate::page_size;
 use pinfold_tests::dma::DmaDevice;
@@ -213,7 +215,12 @@ fn pins_are_counted_by_the_kernel_and_given_back() {
         assert_eq!(pinned() - before.pinned, 64 * page_size() as u64);
         drop((imports, region));
         assert_eq!(device.live_imports(), 0);
-        assert_eq!(Holdings::now().pinned, before.pinned);
+        // A kernel before 6.13 lets go of them a moment later.
+        let end = Instant::now() + PATIENCE;
+        while pinned() != before.pinned {
+            assert!(Instant::now() < end, "{} bytes stay pinned, {} before", pinned(), before.pinned);
+            std::thread::yield_now();
+        }
     });
     ending.expect_return();
 }
