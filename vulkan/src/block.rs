@@ -15,7 +15,8 @@
 //! was made, and so were not told of such a discard. (Whatever moves the object's word next makes the block stale, too.)
 //!
 //! A small object's block takes in its neighbours: the registered objects of the same manager that join up with it inside one window of
-//! [`WINDOW`] bytes and lie over the same kind of mapping. Nothing is taken that the program hasn't registered.
+//! [`WINDOW`] bytes and lie over the same kind of mapping. Nothing is taken that the program hasn't registered: objects with gaps
+//! between them take an allocation each, and beyond `maxMemoryAllocationCount` the idle ones make room or the acquire says so.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
