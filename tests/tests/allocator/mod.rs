@@ -67,9 +67,19 @@ pub(crate) fn a_block_in_use_is_freed_while_completion_allocates(give_back: fn()
 
 /// Threads allocate and free at full speed, and give pages back, while others register, acquire and submit pages of their own blocks.
 pub(crate) fn a_storm_of_allocations_under_watched_blocks(give_back: fn()) {
+    /// So that a failure ends the threads, too.
+    struct Stop<'a>(&'a AtomicBool);
+
+    impl Drop for Stop<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+
     let manager = manager();
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
+        let _stop = Stop(&stop);
         for thread in 0..2_usize {
             let stop = &stop;
             scope.spawn(move || {
@@ -102,7 +112,6 @@ pub(crate) fn a_storm_of_allocations_under_watched_blocks(give_back: fn()) {
             give_back();
             assert!(matches!(object.state().unwrap(), State::Valid | State::Invalid));
         }
-        stop.store(true, Ordering::Relaxed);
     });
     let stats = manager.stats();
     assert!(stats.space.events > 0, "the allocator has given nothing back: {stats:?}");
