@@ -4,11 +4,15 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+use pinfold_invalidate::{HostRange, any_present};
+
+use crate::skip_part;
 
 /// What backs a [`Region`](super::Region), and how it is mapped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -69,10 +73,10 @@ impl Backing {
         !matches!(self, Self::FileReadOnly | Self::FileSharedReadOnly | Self::MemfdSealedReadOnly)
     }
 
-    /// Whether userfaultfd can watch it.
+    /// Whether this kernel's userfaultfd can watch it.
     #[must_use]
     pub fn watchable(self) -> bool {
-        self.writable() || !self.shared()
+        (self.writable() || !self.shared()) && (!self.on_disk() || files_are_watched())
     }
 
     /// Whether its pages are those of a file system with a disk behind it.
@@ -176,4 +180,18 @@ impl Drop for Source {
             let _ = std::fs::remove_file(path);
         }
     }
+}
+
+/// Whether the kernel watches mapped files on disks: since Linux 6.7, with which `PAGEMAP_SCAN` came, too. That one is easily asked for.
+fn files_are_watched() -> bool {
+    static ANSWER: LazyLock<bool> = LazyLock::new(|| {
+        let here = 0_u8;
+        let page = HostRange::cover(&raw const here, 1).expect("a page of the stack");
+        let answer = !matches!(any_present(page), Ok(None));
+        if !answer {
+            skip_part!("this kernel watches no mapped files (Linux 6.7)");
+        }
+        answer
+    });
+    *ANSWER
 }
