@@ -73,7 +73,7 @@ fn a_pending_item_is_queued_once_however_often_it_is_asked_for() {
     assert_eq!([(); 3].map(|()| work.queue().expect("open")), [true, false, false]);
     assert!(!work.queue_delayed(LONG).expect("open"), "it is queued already");
     drop(release);
-    assert!(work.flush().expect("not from inside"));
+    let _ = work.flush().expect("not from inside"); // it may have run already
     assert_eq!(runs.load(Ordering::SeqCst), 1);
     assert!(!work.flush().expect("not from inside"), "an idle item is not waited for");
 }
