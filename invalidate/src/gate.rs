@@ -324,6 +324,7 @@ fn count_of(flight: u64) -> u32 {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
+    use crate::page_size;
     use std::time::Duration;
 
     fn passed() -> Option<Instant> {
@@ -360,7 +361,7 @@ mod tests {
 
     #[test]
     fn what_is_untold_is_closed_and_what_lies_beside_is_open() {
-        let pages = |first: usize, count: usize| HostRange::new(first << 12, count << 12).unwrap();
+        let pages = |first: usize, count: usize| HostRange::new(first * page_size(), count * page_size()).unwrap();
         let gate = Gate::new();
         gate.close();
         gate.leave_untold(pages(4, 2));

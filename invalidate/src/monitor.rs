@@ -37,7 +37,7 @@ use crate::{Entry, HostRange, Target};
 
 const KICK: u64 = SHARDS as u64;
 
-/// Targets told at a time: some ten microseconds' worth.
+/// Targets told at a time. Waiting for all of 100,000 took 26 ms at best, so a batch is well below 100 µs.
 const BATCH: usize = 256;
 
 /// A change that not everybody has been told of.
