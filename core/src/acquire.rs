@@ -331,6 +331,7 @@ impl<D: Device> Object<D> {
             policy: self.policy(),
             used: self.used(),
             group: self.group(),
+            part: self.part,
             id: self.id,
             label: &self.label,
             ..Request::new(self.range, self.access, mappings)

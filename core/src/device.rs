@@ -97,6 +97,8 @@ pub struct Request<'a> {
     pub used: Use,
     /// Objects whose [`Target::group`](pinfold_invalidate::Target::group) is this may be taken together; 0: none.
     pub group: usize,
+    /// The object is a [part](crate::Userptr::part) of another: no registered neighbours are to be taken along.
+    pub part: bool,
     /// The object's number: it is larger than those of objects registered before. 0 for what isn't an object.
     pub id: u64,
     /// The object's label, for debug names and messages; may be empty.
@@ -117,6 +119,7 @@ impl<'a> Request<'a> {
             policy: Policy::Auto,
             used: Use::default(),
             group: 0,
+            part: false,
             id: 0,
             label: "",
         }

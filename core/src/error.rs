@@ -50,6 +50,20 @@ pub enum Error {
     /// A pointer and a length are no range.
     #[error(transparent)]
     Range(#[from] RangeError),
+    /// Bytes that are no part of the object: none, or some beyond its end. `EINVAL`.
+    #[error(
+        "bytes {start:#x}..{end:#x} are no part of an object of {size:#x} bytes (range {range}); a part begins before it ends, and ends with the object at the latest"
+    )]
+    Part {
+        /// First byte asked for, from the object's start.
+        start: usize,
+        /// Behind the last byte asked for.
+        end: usize,
+        /// Bytes of the object.
+        size: usize,
+        /// The object's range.
+        range: HostRange,
+    },
     /// A flag that doesn't exist. `EINVAL`.
     #[error("flags {0:#x} contain a bit that means nothing here")]
     UnknownFlag(u32),
@@ -116,7 +130,7 @@ impl Error {
             Self::Device(error) => error.errno(),
             Self::DmaBuf(error) => error.errno(),
             Self::Range(error) => error.errno(),
-            Self::UnknownFlag(_) => libc::EINVAL,
+            Self::Part { .. } | Self::UnknownFlag(_) => libc::EINVAL,
             Self::Watch(_) | Self::Space(_) => libc::ENOMEM,
             Self::Pool(_) => libc::EAGAIN,
             Self::Queue { errno, .. } => *errno,

@@ -26,6 +26,8 @@ mod limits;
 mod manager;
 mod notes;
 mod object;
+#[cfg(not(loom))]
+mod part;
 mod populate;
 #[doc(hidden)]
 pub mod protocol;

@@ -10,7 +10,6 @@ use pinfold_invalidate::{Cause, HostRange, Shards, SpaceStats, in_bracket};
 
 use crate::dmabuf::{CpuAccess, DmaBuf, DmaBufPart, Reserved, export};
 use crate::engine::Engine;
-use crate::notes::What;
 use crate::object::{Handle, Object};
 use crate::ready::{Since, Wait};
 use crate::watch::{DmaBufEvent, Record, Scope, WatchConfig, WatchList, WatchQueue, share};
@@ -26,9 +25,6 @@ struct Owner<D: Device> {
     /// Where other processes watch. Holds its owner weakly.
     server: OnceLock<share::Server>,
 }
-
-/// Ids are never used twice in a process.
-static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
 impl<D: Device> Manager<D> {
     /// A manager of `device`.
@@ -66,7 +62,7 @@ impl<D: Device> Manager<D> {
     /// [`Error::Closed`], [`Error::Forked`].
     ///
     /// # Safety
-    /// From the first acquire on, and until the object and all its leases are gone:
+    /// From the first acquire on, and until the object, its [parts](Userptr::part) and all their leases are gone:
     /// 1. No Rust reference exists to bytes the device may write while a [`Pending`](crate::Pending) that names them is open.
     /// 2. The range is not memory that an allocator trims or unmaps under its lock, unless its coverage is [`NoHold`](crate::Coverage::NoHold).
     /// 3. Unmapping or discarding the memory while the device uses it goes through [`mutate`](Self::mutate), or the range is unregistered first.
@@ -102,19 +98,9 @@ impl<D: Device> Manager<D> {
 
     fn add(&self, range: HostRange, access: Access, label: &str, unwatched: bool) -> Result<Userptr<D>, Error> {
         self.engine().check()?;
-        let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
-        let mut object = Object::new(id, range, access, label.into(), Arc::clone(self.engine()));
+        let mut object = Object::new(range, access, label.into(), Arc::clone(self.engine()));
         *object.unwatched.get_mut() = unwatched;
-        Ok(self.insert(object))
-    }
-
-    fn insert(&self, object: Object<D>) -> Userptr<D> {
-        let (id, range, object) = (object.id, object.range, Arc::new(object));
-        let handle = Handle::first(Arc::clone(&object));
-        self.engine().objects.add(0);
-        self.engine().note(&object, What::Registered);
-        self.engine().space.insert(range, id, object);
-        Userptr { handle }
+        Ok(Userptr::first(object))
     }
 
     /// Registers a part of a dma-buf, which becomes an object like any other: acquired, leased, submitted, retired. The object's range is a name for
@@ -127,11 +113,10 @@ impl<D: Device> Manager<D> {
     /// [`Error::DmaBuf`] if the part isn't inside the buffer; [`Error::Closed`], [`Error::Forked`].
     pub fn register_dmabuf(&self, part: DmaBufPart, access: Access, label: &str) -> Result<Userptr<D>, Error> {
         self.engine().check()?;
-        let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         let reserved = Reserved::new(part)?;
-        let mut object = Object::new(id, reserved.range, access, label.into(), Arc::clone(self.engine()));
+        let mut object = Object::new(reserved.range, access, label.into(), Arc::clone(self.engine()));
         object.dmabuf = Some(Box::new(reserved));
-        Ok(self.insert(object))
+        Ok(Userptr::first(object))
     }
 
     /// A dma-buf of a part of an object, in bytes from its start: whole pages of one memory file.
@@ -167,7 +152,8 @@ impl<D: Device> Manager<D> {
         Ok(over)
     }
 
-    /// A lease of all the objects, if all are valid now. Objects that are not begin to be acquired.
+    /// A lease of all the objects, if all are valid now. Objects that are not begin to be acquired. Who needs some pages of a large object acquires
+    /// a [part](Userptr::part) of it.
     ///
     /// Waits only while memory in the objects' shards is changing hands, at most for two hold-offs.
     ///

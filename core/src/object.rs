@@ -19,6 +19,9 @@ use crate::state::{Snapshot, State, Step, Word};
 use crate::watch::DmaBufEvent;
 use crate::{Access, Device, Error, Generation, Path, Policy, Use};
 
+/// Ids are never used twice in a process.
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+
 /// A range with a state. Held by its handles (through [`Handle`]) and, until it is closed, by the address space's index.
 pub(crate) struct Object<D: Device> {
     pub(crate) id: u64,
@@ -27,6 +30,8 @@ pub(crate) struct Object<D: Device> {
     pub(crate) label: Box<str>,
     /// The caller has promised to tell us of every mutation. Cleared by an export, whose receivers have promised nothing.
     pub(crate) unwatched: AtomicBool,
+    /// The object is a part of another, and the device is to take its pages only.
+    pub(crate) part: bool,
     /// The object is one over a dma-buf, and its range only a name.
     pub(crate) dmabuf: Option<Box<Reserved>>,
     /// A [`Policy`]. Written by the handle.
@@ -96,7 +101,8 @@ pub(crate) struct Handle<D: Device> {
 }
 
 impl<D: Device> Object<D> {
-    pub(crate) fn new(id: u64, range: HostRange, access: Access, label: Box<str>, engine: Arc<Engine<D>>) -> Self {
+    pub(crate) fn new(range: HostRange, access: Access, label: Box<str>, engine: Arc<Engine<D>>) -> Self {
+        let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         let slot = Slot { pin: None, token: 0, coverage: None, fault: None, wakers: Vec::new(), hot: None };
         Self {
             id,
@@ -104,6 +110,7 @@ impl<D: Device> Object<D> {
             access,
             label,
             unwatched: AtomicBool::new(false),
+            part: false,
             dmabuf: None,
             policy: AtomicU8::new(Policy::Auto as u8),
             imports: AtomicU64::new(0),

@@ -1,12 +1,14 @@
 //! The handle of a registered range.
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use pinfold_invalidate::{Cause, Coverage, HostRange, in_bracket};
 
-use crate::object::Handle;
+use crate::notes::What;
+use crate::object::{Handle, Object};
 use crate::state::{Generation, Snapshot, State};
 use crate::{Device, Error, Path, Policy, protocol};
 
@@ -16,6 +18,17 @@ pub struct Userptr<D: Device> {
 }
 
 impl<D: Device> Userptr<D> {
+    /// The first handle of a new object, which from now on is told of changes.
+    pub(crate) fn first(object: Object<D>) -> Self {
+        let (id, range, object) = (object.id, object.range, Arc::new(object));
+        let handle = Handle::first(Arc::clone(&object));
+        let engine = Arc::clone(&object.engine);
+        engine.objects.add(0);
+        engine.note(&object, What::Registered);
+        engine.space.insert(range, id, object);
+        Self { handle }
+    }
+
     /// The range.
     #[must_use]
     pub fn range(&self) -> HostRange {

@@ -59,6 +59,13 @@ on_the_driver! {
     overlap {
         overlapping_objects_see_the_same_memory_and_each_is_invalidated_by_its_own_pages_only
     }
+    part {
+        a_part_is_populated_watched_and_taken_and_nothing_around_it
+        a_part_and_its_whole_see_the_same_memory_of_every_kind
+        only_what_happens_to_its_own_pages_makes_a_part_stale
+        work_on_a_part_does_not_hold_who_unmaps_the_rest
+        a_part_is_prefetched_like_an_object
+    }
     register {
         null_registers_and_faults_when_it_is_acquired
         every_layout_of_holes_and_forbidden_pages_is_refused_until_it_is_whole

@@ -15,7 +15,7 @@
 //! was made, and so were not told of such a discard. (Whatever moves the object's word next makes the block stale, too.)
 //!
 //! A small object's block takes in its neighbours: the registered objects of the same manager that join up with it inside one window of
-//! [`WINDOW`] bytes and lie over the same kind of mapping. Nothing is taken that the program hasn't registered: objects with gaps
+//! [`WINDOW`] bytes and lie over the same kind of mapping. A part of an object is put on its whole's block, or has one of its own. Nothing is taken that the program hasn't registered: objects with gaps
 //! between them take an allocation each, and beyond `maxMemoryAllocationCount` the idle ones make room or the acquire says so.
 
 use std::collections::BTreeMap;
@@ -149,8 +149,12 @@ impl Blocks {
         Listed { blocks: Arc::clone(self), program, id, newest, news }
     }
 
-    /// The block of an object and its neighbours, watched and ready to be imported, and its place; `None` if the object stands alone.
+    /// The block of an object and its neighbours, watched and ready to be imported, and its place; `None` if the object stands alone, or is
+    /// a part: then its whole is the neighbour that is not to be taken.
     pub(crate) fn neighbourhood(self: &Arc<Self>, request: &Request<'_>) -> Option<(HostRange, Listed)> {
+        if request.part {
+            return None;
+        }
         let object = request.range;
         let first = object.start() / WINDOW * WINDOW;
         let window = HostRange::new(first, WINDOW).ok().filter(|window| window.covers(object))?;

@@ -79,6 +79,36 @@ fn thousands_of_neighbours_need_a_few_allocations() {
 }
 
 #[test]
+fn a_part_has_memory_of_its_own_size_unless_its_whole_has_been_imported() {
+    let _alone = alone();
+    let Some(fixture) = Fixture::new() else { return };
+    for (memory, path) in kinds(64) {
+        memory.fill();
+        let manager = manager(&fixture);
+        let whole = register(&manager, &memory, 0, 64);
+        let parts =
+            [8..16, 40..41].map(|pages| whole.part(pages.start * page_size()..pages.end * page_size()).unwrap());
+        let check = |lease: &pinfold_vulkan::Lease, index: usize, part: &Userptr| {
+            let (view, first) = (lease.view(index), part.range().start() - memory.range().start());
+            assert_eq!((view.path, view.size), (path, part.range().len() as u64));
+            assert!(fixture.read(&view, 0, view.size) == memory.bytes()[first..][..part.range().len()]);
+        };
+        let alone = acquire_all(&manager, &parts[..1]);
+        check(&alone, 0, &parts[0]);
+        if !is_watched(&parts[0]) {
+            continue;
+        }
+        assert_eq!((manager.device().allocations(), manager.stats().pinned_bytes), (1, 8 * page_size() as u64));
+        // The whole takes all of it; what was registered before that finds its pages there.
+        let lease = acquire_all(&manager, &[whole]);
+        let other = acquire_all(&manager, &parts[1..]);
+        check(&other, 0, &parts[1]);
+        assert_eq!(manager.device().allocations(), 2);
+        drop((lease, other));
+    }
+}
+
+#[test]
 fn overlapping_objects_share_and_a_change_of_one_leaves_the_others_alone() {
     let _alone = alone();
     let Some(fixture) = Fixture::new() else { return };

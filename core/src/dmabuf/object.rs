@@ -8,6 +8,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
@@ -114,9 +115,16 @@ fn track<D: Device>(object: &Object<D>, mappings: &[Mapping]) -> Result<(), Erro
             DmaBufError::Untracked("its memory can't be watched on this kernel, or not this mapping of it").into()
         );
     }
-    // Release: pairs with the Acquire of the next acquisition, which watches again what is watched already.
-    if object.unwatched.swap(false, Ordering::AcqRel) {
-        // What it has now was taken unwatched, and its uses are counted in a shard that may be another.
+    // The whole that it is a part of, and the other parts, too: the receivers have promised nothing of any of them.
+    let mut asked = false;
+    object.engine.space.visit(object.range, |_, _, target| {
+        if let Some(other) = Object::of(Arc::clone(target)).filter(|other| other.is_of(&object.engine)) {
+            // Release: pairs with the Acquire of the next acquisition, which watches again what is watched already.
+            asked |= other.unwatched.swap(false, Ordering::AcqRel);
+        }
+    });
+    if asked {
+        // What they have now was taken unwatched, and its uses are counted in a shard that may be another.
         object.engine.space.invalidate(object.range, Cause::Manual)?;
     }
     Ok(())

@@ -7,6 +7,7 @@ pub mod igt;
 pub mod matrix;
 pub mod oracle;
 pub mod overlap;
+pub mod part;
 pub mod race;
 pub mod register;
 pub mod silent;

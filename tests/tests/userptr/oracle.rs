@@ -232,8 +232,11 @@ fn race<R: Rig>(rig: &R, backing: Backing, time: Duration) -> Tally {
         stop: AtomicBool::new(false),
         end: Instant::now() + time,
     };
-    // Over all of it twice, and over parts that end in the middle of it and of each other.
-    let objects = [0..PAGES, 0..PAGES, 0..5, 3..PAGES].map(|pages| register(rig.manager(), race.region.part(pages)));
+    // Over all of it twice, and over a range and a part that end in the middle of it and of each other.
+    let [first, second, range] =
+        [0..PAGES, 0..PAGES, 0..5].map(|pages| register(rig.manager(), race.region.part(pages)));
+    let part = first.part(3 * page_size()..PAGES * page_size()).unwrap();
+    let objects = [first, second, range, part];
     thread::scope(|scope| {
         let race = &race;
         for object in &objects {

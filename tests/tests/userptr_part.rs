@@ -1,0 +1,128 @@
+//! Parts of objects, which are objects of their own over some of the pages.
+
+#[macro_use]
+mod userptr;
+
+use std::ops::Range;
+
+use pinfold_core::{Access, Coverage, Error, ManualReason, Policy, State};
+use pinfold_invalidate::page_size;
+use pinfold_tests::leaks::pinned;
+use pinfold_tests::memory::{Backing, Region};
+use pinfold_tests::process::isolated;
+use pinfold_tests::{PATIENCE, skip};
+
+use userptr::{Dma, Fake, alone, device_sees, program_sees, register};
+
+for_devices!([fake dma] part {
+    a_part_is_populated_watched_and_taken_and_nothing_around_it
+    a_part_and_its_whole_see_the_same_memory_of_every_kind
+    only_what_happens_to_its_own_pages_makes_a_part_stale
+    work_on_a_part_does_not_hold_who_unmaps_the_rest
+    a_part_is_prefetched_like_an_object
+});
+
+#[test]
+fn the_kernel_counts_the_pages_of_the_part_as_pinned() {
+    // The count is the process's.
+    let ending = isolated(|| match Dma::new() {
+        Ok(rig) => {
+            let region = Region::new(Backing::Anonymous, 64).unwrap();
+            let whole = register(&rig.manager, region.range());
+            let (part, before) = (whole.part(page_size()..9 * page_size()).unwrap(), pinned());
+            let lease = rig.manager.acquire_timeout(&[&part], PATIENCE).unwrap();
+            assert_eq!(pinned(), before + 8 * page_size() as u64);
+            drop(lease);
+        }
+        Err(e) => skip!("no io_uring here: {e}"),
+    });
+    ending.expect_return();
+}
+
+#[test]
+fn bytes_are_rounded_out_to_pages_and_what_is_no_part_is_told_with_the_numbers() {
+    let _alone = alone();
+    let rig = Fake::new();
+    let (region, page) = (Region::new(Backing::Anonymous, 4).unwrap(), page_size());
+    let whole = register(&rig.manager, region.range());
+    let cases: [(Range<usize>, Range<usize>); 5] = [
+        (0..4 * page, 0..4),
+        (0..1, 0..1),
+        (page - 1..page + 1, 0..2),
+        (page..2 * page, 1..2),
+        (4 * page - 1..4 * page, 3..4),
+    ];
+    for (bytes, pages) in cases {
+        assert_eq!(whole.part(bytes.clone()).unwrap().range(), region.part(pages), "{bytes:?}");
+    }
+    let (first, reversed) = (4 * page - 1, Range { start: 2 * page, end: page });
+    for bytes in [0..0, page..page, reversed, first..4 * page + 1, 4 * page..5 * page, 0..usize::MAX] {
+        let error = whole.part(bytes.clone()).unwrap_err();
+        let Error::Part { start, end, size, range } = error else { panic!("{error}") };
+        assert_eq!((start..end, size, range), (bytes, 4 * page, region.range()));
+        assert_eq!(error.errno(), libc::EINVAL);
+    }
+}
+
+#[test]
+fn a_part_of_a_part_is_counted_from_the_parts_start() {
+    let _alone = alone();
+    let rig = Fake::new();
+    let (region, page) = (Region::new(Backing::Memfd, 8).unwrap(), page_size());
+    let part = register(&rig.manager, region.range()).part(2 * page..6 * page).unwrap();
+    let inner = part.part(page..2 * page).unwrap();
+    assert_eq!(inner.range(), region.part(3..4));
+    assert!(part.part(3 * page..5 * page).is_err());
+    assert_eq!(device_sees(&rig, &inner), program_sees(&region)[3..4]);
+}
+
+#[test]
+fn a_part_has_what_its_whole_was_registered_with_and_needs_it_no_longer() {
+    let _alone = alone();
+    let rig = Fake::new();
+    let (region, page) = (Region::new(Backing::Anonymous, 4).unwrap(), page_size());
+    // SAFETY: no reference points into a region, and nothing happens to it.
+    let whole = unsafe { rig.manager.register_unwatched(region.range(), Access::ReadWrite) }.unwrap();
+    whole.set_policy(Policy::Import).unwrap();
+    let part = whole.part(page..3 * page).unwrap();
+    assert_ne!(part.id(), whole.id());
+    assert_eq!(part.policy(), Policy::Import);
+    let lease = rig.manager.acquire_timeout(&[&whole, &part], PATIENCE).unwrap();
+    assert_eq!(part.coverage(), Some(Coverage::Manual(ManualReason::Asked)));
+    drop((lease, whole));
+    assert_eq!(part.state().unwrap(), State::Valid, "its pages are its own");
+    assert_eq!(device_sees(&rig, &part), program_sees(&region)[1..3]);
+    assert_eq!(rig.manager.stats().objects, 1);
+}
+
+#[test]
+fn who_is_gone_has_no_parts() {
+    let _alone = alone();
+    let rig = Fake::new();
+    let region = Region::new(Backing::Anonymous, 2).unwrap();
+    let whole = register(&rig.manager, region.range());
+    drop(rig);
+    let error = whole.part(0..page_size()).unwrap_err();
+    assert!(matches!(error, Error::Closed), "{error}");
+}
+
+#[test]
+fn an_export_of_a_part_has_its_unwatched_whole_and_its_sisters_watched_too() {
+    let _alone = alone();
+    let rig = Fake::new();
+    let (region, page) = (Region::new(Backing::Memfd, 8).unwrap(), page_size());
+    // SAFETY: no reference points into a region, and nothing happens to it.
+    let whole = unsafe { rig.manager.register_unwatched(region.range(), Access::Read) }.unwrap();
+    let [part, sister, apart] =
+        [0..4, 2..6, 6..8].map(|pages| whole.part(pages.start * page..pages.end * page).unwrap());
+    let objects = [&whole, &part, &sister, &apart];
+    let coverage = || {
+        drop(rig.manager.acquire_timeout(&objects, PATIENCE).unwrap());
+        objects.map(|object| object.coverage().unwrap())
+    };
+    let asked = Coverage::Manual(ManualReason::Asked);
+    assert_eq!(coverage(), [asked; 4]);
+    // Whether the kernel then makes a dma-buf is another matter.
+    let _ = rig.manager.export_dmabuf(&part, 0..page as u64);
+    assert_eq!(coverage(), [Coverage::Watched, Coverage::Watched, Coverage::Watched, asked]);
+}
