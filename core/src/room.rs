@@ -111,10 +111,12 @@ impl<D: Device> Engine<D> {
             if object.age() != age {
                 continue;
             }
-            if let Some(taken) = object.evict() {
+            if let Some((taken, was_valid)) = object.evict() {
                 let given = taken.give_back();
                 freed += given;
-                evicted(&object, given);
+                if was_valid {
+                    evicted(&object, given);
+                }
                 object.restore_later();
             }
         }
@@ -179,15 +181,16 @@ impl<D: Device> Object<D> {
         self.slot().pin.as_ref().is_some_and(|pin| Arc::strong_count(pin) == 1)
     }
 
-    /// Takes the pages of an idle object, which is then invalid. The caller lets go of them.
-    fn evict(&self) -> Option<Taken<D>> {
+    /// Takes the pages of an idle object, which is then invalid, and says whether it was valid before. The caller lets go of them.
+    fn evict(&self) -> Option<(Taken<D>, bool)> {
         let mut slot = self.slot();
         let pin = slot.pin.as_ref().filter(|pin| Arc::strong_count(pin) == 1)?;
         let seen = self.word.read();
         // Pages of an earlier generation are nobody's already, and are only waiting to be collected.
-        if seen.state == State::Valid && seen.generation == pin.generation {
+        let was_valid = seen.state == State::Valid && seen.generation == pin.generation;
+        if was_valid {
             self.word.step(seen, Step::Evict).ok()?;
         }
-        Arc::into_inner(slot.pin.take()?)?.into_taken()
+        Some((Arc::into_inner(slot.pin.take()?)?.into_taken()?, was_valid))
     }
 }
