@@ -163,10 +163,15 @@ fn work_over_a_buffer_is_submitted_and_retired_like_any_other() {
     let commands = fixture.record(|commands| {
         let (all, none) = (vk::PipelineStageFlags::ALL_COMMANDS, vk::DependencyFlags::empty());
         let take = [dmabuf::from_foreign(&view, foreign, 0, vk::AccessFlags::TRANSFER_READ)];
+        assert_eq!((take[0].src_queue_family_index, take[0].dst_queue_family_index), (foreign, 0));
+        assert_eq!((take[0].buffer, take[0].offset, take[0].size), (view.buffer, view.offset, view.size));
+        assert_eq!(take[0].dst_access_mask, vk::AccessFlags::TRANSFER_READ);
         // SAFETY: the command buffer is being recorded, and the import is alive.
         unsafe { fixture.device.cmd_pipeline_barrier(commands, all, all, none, &[], &take, &[]) };
         fixture.copy(commands, (view.buffer, view.offset), (back.buffer, 0), view.size);
         let give = [dmabuf::to_foreign(&view, foreign, 0, vk::AccessFlags::TRANSFER_READ)];
+        assert_eq!((give[0].src_queue_family_index, give[0].dst_queue_family_index), (0, foreign));
+        assert_eq!(give[0].src_access_mask, vk::AccessFlags::TRANSFER_READ);
         // SAFETY: as above.
         unsafe { fixture.device.cmd_pipeline_barrier(commands, all, all, none, &[], &give, &[]) };
     });
