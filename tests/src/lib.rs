@@ -20,3 +20,16 @@ pub mod vulkan;
 
 /// How long a test waits for what must happen. Only a failing test ever waits that long, so it is generous.
 pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How many rounds a race is to be run that has so many on a real processor: an n-th, where `PINFOLD_TEST_FEWER` says n, and at least one.
+/// `scripts/test-vm` says so: an emulated processor takes minutes for what is done in seconds elsewhere, and what a kernel does otherwise it does
+/// in each round.
+///
+/// # Panics
+/// If the variable is no number above zero.
+#[must_use]
+pub fn rounds(whole: usize) -> usize {
+    let Ok(fewer) = std::env::var("PINFOLD_TEST_FEWER") else { return whole };
+    let fewer: std::num::NonZeroUsize = fewer.parse().unwrap_or_else(|e| panic!("PINFOLD_TEST_FEWER={fewer}: {e}"));
+    (whole / fewer).max(1)
+}

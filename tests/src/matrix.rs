@@ -266,12 +266,11 @@ pub fn expect(kind: Kind, mutation: Mutation) -> Expected {
         Grow | PageOut | Collapse | Protect | Fork => News::NothingToTell,
         // The same pages, or a mapping of the same pages, come back.
         DontNeed | MapFixed | MoveDontUnmap if shared => News::NothingToTell,
-        Free | Remove => News::NothingToTell,
+        Free => News::NothingToTell,
         // Pages that were copied on write are not the file's any more.
         PunchHole if !shared => News::Unsaid,
-        UnmapWhole | UnmapHead | UnmapMiddle | UnmapTail | Shrink | Move | MoveOnto | Guard | Truncate | PunchHole => {
-            News::Stale
-        }
+        UnmapWhole | UnmapHead | UnmapMiddle | UnmapTail | Shrink | Move | MoveOnto | Remove | Guard | Truncate
+        | PunchHole => News::Stale,
         DontNeed | MapFixed | MoveDontUnmap => News::Unsaid,
     });
     let after = match mutation {

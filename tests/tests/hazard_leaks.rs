@@ -12,7 +12,7 @@ use pinfold_tests::fence::Fence;
 use pinfold_tests::leaks::{Holdings, pinned};
 use pinfold_tests::memory::{Backing, Move, Region};
 use pinfold_tests::process::{isolated, isolated_case};
-use pinfold_tests::{PATIENCE, skip};
+use pinfold_tests::{PATIENCE, rounds, skip};
 
 mod stranger;
 use stranger::Stranger;
@@ -80,12 +80,12 @@ fn cycle<D: Device<Signal = Fence>>(device: D, round: usize) {
 fn assert_nothing_is_left<D: Device<Signal = Fence>>(device: impl Fn() -> D) {
     /// What the C library keeps for later (stacks of threads, arenas) is there after these.
     const WARM_UP: usize = 30;
-    const ROUNDS: usize = 300;
+    let lives = rounds(300);
     (0..WARM_UP).for_each(|round| cycle(device(), round));
     // A thread that has been joined, and a ring that was closed, take the kernel another moment, and older kernels a longer one.
     wait_until("the end of every pin", || pinned() == 0);
     let before = Holdings::now();
-    (0..ROUNDS).for_each(|round| cycle(device(), round));
+    (0..lives).for_each(|round| cycle(device(), round));
     wait_until("the end of every thread, descriptor and pin", || {
         let now = Holdings::now();
         now.descriptors <= before.descriptors && now.pinned == 0 && now.threads <= before.threads
@@ -93,7 +93,7 @@ fn assert_nothing_is_left<D: Device<Signal = Fence>>(device: impl Fn() -> D) {
     let after = Holdings::now();
     // The C library's stacks may grow by a few; whatever leaks once a life shows.
     assert!(
-        after.mappings < before.mappings + ROUNDS / 10,
+        after.mappings < before.mappings + (lives / 10).max(10),
         "{} mappings, and {} before",
         after.mappings,
         before.mappings
@@ -116,7 +116,7 @@ fn three_hundred_lives_leave_nothing_behind() {
 #[test]
 // rows (dma): igt/{unsync,sync}-unmap-cycles; peers/pending-invalidations-grow
 fn mutations_and_new_acquisitions_of_one_object_pile_nothing_up() {
-    const ROUNDS: usize = 600;
+    let changes = rounds(600);
     isolated(|| {
         let device = match DmaDevice::new() {
             Ok(device) => device,
@@ -140,14 +140,14 @@ fn mutations_and_new_acquisitions_of_one_object_pile_nothing_up() {
         let pins = region.range().len() as u64;
         wait_until("one import and its pins", || device.live_imports() == 1 && pinned() == pins);
         let before = Holdings::now();
-        (0..ROUNDS).for_each(round);
+        (0..changes).for_each(round);
         wait_until("one import and its pins, and no more", || {
             let now = Holdings::now();
             device.live_imports() == 1 && now.descriptors <= before.descriptors && now.pinned == pins
         });
         let after = Holdings::now();
         // Workers come and go, each with a stack and an arena; a mapping left in every other round shows.
-        assert!(after.mappings < before.mappings + ROUNDS / 2, "{after:?}, and {before:?} before");
+        assert!(after.mappings < before.mappings + changes / 2, "{after:?}, and {before:?} before");
         assert_eq!(manager.stats().imports, 1);
     })
     .expect_return();
@@ -256,7 +256,7 @@ fn make_signals_interrupt() -> io::Result<()> {
 #[test]
 // rows (fake): peers/signal-kills-the-event-thread
 fn a_storm_of_signals_loses_nothing() {
-    const MUTATIONS: usize = 600;
+    let mutations = rounds(600);
     isolated(|| {
         make_signals_interrupt().unwrap();
         let manager = patient(FakeDevice::new());
@@ -281,7 +281,7 @@ fn a_storm_of_signals_loses_nothing() {
             }
             let mutators = [0, 1].map(|page| {
                 scope.spawn(move || {
-                    for round in 0..MUTATIONS {
+                    for round in 0..mutations {
                         drop(manager.acquire_timeout(&[&objects[page]], PATIENCE).unwrap());
                         let before = objects[page].generation().unwrap();
                         // Not if its discarded pages were to be taken a second time just then; watched if it is.
@@ -305,7 +305,7 @@ fn a_storm_of_signals_loses_nothing() {
             storm.join().unwrap()
         });
         println!("{sent} signals, {submits:?} submits, {told:?} mutations of valid objects, {:?}", manager.stats());
-        assert!(sent > MUTATIONS && submits.into_inner() > 0 && told.into_inner() > MUTATIONS);
+        assert!(sent > mutations && submits.into_inner() > 0 && told.into_inner() > mutations);
         for object in &objects {
             drop(manager.acquire_timeout(&[object], PATIENCE).unwrap());
         }

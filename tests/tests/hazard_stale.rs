@@ -14,11 +14,13 @@ use pinfold_invalidate::page_size;
 use pinfold_tests::dma::DmaDevice;
 use pinfold_tests::memory::{Backing, Region};
 use pinfold_tests::process::isolated_case;
-use pinfold_tests::{PATIENCE, skip};
+use pinfold_tests::{PATIENCE, rounds, skip};
 
 const PAGES: usize = 4;
 /// Mutations in one run, while two readers read.
-const MUTATIONS: u64 = 4_000;
+fn mutations() -> u64 {
+    rounds(4_000) as u64
+}
 
 /// The device, or a skipped test.
 macro_rules! device {
@@ -67,7 +69,7 @@ fn after_pages_are_discarded_and_refilled_the_device_reads_the_new_bytes() {
             // SAFETY: no reference points into a region.
             let object = unsafe { manager.register(region.range(), Access::Read) }.unwrap();
             drop(manager.acquire_timeout(&[&object], PATIENCE).unwrap());
-            for round in 1..=50 {
+            for round in 1..=u8::try_from(rounds(50)).unwrap() {
                 region.advise(0..PAGES, libc::MADV_DONTNEED).unwrap();
                 region.fill(0..PAGES, round).unwrap();
                 let seen = loop {
@@ -96,7 +98,7 @@ fn after_a_hole_is_punched_by_advice_the_device_comes_to_read_the_new_bytes_by_i
             // SAFETY: no reference points into a region.
             let object = unsafe { manager.register(region.range(), Access::Read) }.unwrap();
             let (region, manager, object) = (&region, &manager, &object);
-            for round in 1..=100 {
+            for round in 1..=u8::try_from(rounds(100)).unwrap() {
                 let stop = AtomicBool::new(false);
                 thread::scope(|scope| {
                     // Somebody who takes the pages at the worst of times.
@@ -148,7 +150,7 @@ impl Race<'_> {
     /// Takes one page after the other away, each in another way.
     fn mutate(&self) {
         let shared = self.region.backing().shared();
-        for version in 2..MUTATIONS {
+        for version in 2..mutations() {
             let (page, way) = (version as usize % PAGES, version as usize / PAGES % 4);
             let (pages, history) = (page..page + 1, &self.history[page]);
             history.begun.store(version, Ordering::SeqCst);
@@ -246,9 +248,9 @@ fn stale_reads(backing: Backing, watched: bool) -> usize {
     });
     println!("{backing:?}: {:?} reads, {:?} stale pages, {:?}", race.reads, race.stale, manager.stats());
     let (reads, stats) = (race.reads.into_inner(), manager.stats());
-    assert!(reads as u64 >= MUTATIONS / 8 - 1, "{reads} reads");
+    assert!(reads as u64 >= mutations() / 8 - 1, "{reads} reads");
     if watched {
-        assert!(stats.invalidated > MUTATIONS / 8 && stats.space.late == 0, "{stats:?}");
+        assert!(stats.invalidated > mutations() / 8 && stats.space.late == 0, "{stats:?}");
     }
     race.stale.into_inner()
 }

@@ -2,6 +2,7 @@
 
 mod userptr;
 
+use pinfold_tests::memory::Backing;
 use pinfold_tests::process::isolated_case;
 use pinfold_tests::{PATIENCE, skip};
 
@@ -14,6 +15,9 @@ fn no_device_that_pins_reads_what_a_mutation_that_has_returned_took_away() {
     let time = oracle::time(2_000);
     for backing in oracle::backings() {
         let case = move || match Dma::new() {
+            Ok(rig) if backing == Backing::AnonymousShared && !rig.spans_files() => {
+                println!("{backing:?} is of several files after a mutation, which can't be pinned");
+            }
             Ok(rig) if rig.takes(backing) => {
                 drop(rig);
                 oracle::life(|| Dma::new().unwrap(), backing, time);

@@ -19,13 +19,15 @@ mod pins;
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pinfold_core::{Device, DeviceError, Path, Preparation, Request, Ticket};
 use pinfold_invalidate::HostRange;
 
 use crate::fence::{Fence, Followed};
+use crate::leaks;
 use crate::memory::{Backing, Region};
+use crate::skip_part;
 use engine::Engine;
 use hold::Hold;
 pub use job::Job;
@@ -75,6 +77,41 @@ impl DmaDevice {
             Err(DeviceError::Fault { errno: libc::EOPNOTSUPP, .. }) => false,
             Err(e) => panic!("a private mapping of a file: {e}"),
         }
+    }
+
+    /// Whether one pin may lie in several files, as anonymous shared memory does after a mapping over a part of it: not before Linux 6.5. Found out
+    /// by trying it.
+    ///
+    /// # Panics
+    /// If it can't be tried, or is refused for another reason.
+    #[must_use]
+    pub fn spans_files(&self) -> bool {
+        let region = Region::new(Backing::AnonymousShared, 2).expect("shared memory");
+        region.map_over(1..2).expect("more of it");
+        match self.pin(region.range()) {
+            Ok(_) => true,
+            Err(DeviceError::Fault { errno: libc::EINVAL, .. }) => {
+                skip_part!("this kernel's io_uring pins memory of one file at a time (before Linux 6.5)");
+                false
+            }
+            Err(e) => panic!("two pieces of shared memory: {e}"),
+        }
+    }
+
+    /// Whether pages are unpinned as soon as their import is dropped, as a GPU's driver does it; found out by trying it. The io_uring of older kernels
+    /// (6.1 is one) collects what it has to let go of for a second.
+    ///
+    /// # Panics
+    /// If it can't be tried.
+    #[must_use]
+    pub fn lets_go_at_once(&self) -> bool {
+        let region = Region::new(Backing::Anonymous, 1).expect("a page");
+        let (before, began) = (leaks::pinned(), Instant::now());
+        drop(self.pin(region.range()).expect("a page that can be pinned"));
+        while leaks::pinned() > before && began.elapsed() < Duration::from_millis(500) {
+            std::thread::yield_now();
+        }
+        leaks::pinned() <= before
     }
 
     /// The next import takes its pages and is then kept waiting until [`let_go`](Self::let_go).

@@ -18,7 +18,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pinfold_core::{Access, Config, Device, Lease, Manager, Outcome, Pending, State, SubmitError, Userptr};
+use pinfold_core::{Access, Config, Device, Error, Lease, Manager, Outcome, Pending, State, SubmitError, Userptr};
 use pinfold_invalidate::{HostRange, Shards, Space, page_size};
 use pinfold_tests::PATIENCE;
 use pinfold_tests::dma::DmaDevice;
@@ -37,6 +37,11 @@ pub trait Rig: Sync {
 
     /// Whether the device can be given this kind of memory for reading.
     fn takes(&self, backing: Backing) -> bool;
+
+    /// Whether the device can be given an object whose pieces are different files, as anonymous shared memory is after a mapping over a part of it.
+    fn spans_files(&self) -> bool {
+        true
+    }
 
     /// Whether the device goes on seeing the old pages when the program's mapping has got others: it has pins, copies, or a mapping of its own.
     fn keeps_pages(&self, backing: Backing) -> bool;
@@ -149,7 +154,15 @@ pub fn filled(byte: u8) -> u64 {
 pub fn device_sees<R: Rig>(rig: &R, object: &Userptr<R::D>) -> Vec<u64> {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        match rig.start(rig.manager().acquire_timeout(&[object], PATIENCE).unwrap()) {
+        let lease = match rig.manager().acquire_timeout(&[object], PATIENCE) {
+            // What this object had locked before, the kernel may not have taken off its account yet.
+            Err(Error::Budget { .. }) if Instant::now() < deadline => {
+                thread::yield_now();
+                continue;
+            }
+            lease => lease.unwrap(),
+        };
+        match rig.start(lease) {
             Ok(work) => return work.finish(),
             // Discarded pages are taken a second time after a while, which makes leases of the first time stale.
             Err(error) => assert!(error.is_stale() && Instant::now() < deadline, "{error}"),
@@ -176,7 +189,8 @@ pub fn assert_faults<D: Device>(manager: &Manager<D>, object: &Userptr<D>) {
 
 /// The kinds of memory that are watched and that the device takes, each with a region of so many pages.
 pub fn regions<R: Rig>(rig: &R, pages: usize) -> impl Iterator<Item = (Backing, Region)> {
-    let takes = Backing::ALL.into_iter().filter(|&backing| backing.watchable() && rig.takes(backing));
+    let keeps = move |backing| backing != Backing::AnonymousShared || rig.spans_files();
+    let takes = Backing::ALL.into_iter().filter(move |&it| it.watchable() && rig.takes(it) && keeps(it));
     takes.map(move |backing| (backing, Region::new(backing, pages).unwrap()))
 }
 
@@ -267,13 +281,15 @@ pub struct Dma {
     pub device: DmaDevice,
     pub manager: Manager<DmaDevice>,
     pins_files: bool,
+    spans_files: bool,
 }
 
 impl Dma {
     /// `Err` where there is no io_uring.
     pub fn new() -> std::io::Result<Self> {
         let device = DmaDevice::new()?;
-        Ok(Self { manager: Manager::new(device.clone(), patient()).unwrap(), pins_files: device.pins_files(), device })
+        let (pins_files, spans_files) = (device.pins_files(), device.spans_files());
+        Ok(Self { manager: Manager::new(device.clone(), patient()).unwrap(), pins_files, spans_files, device })
     }
 }
 
@@ -286,6 +302,10 @@ impl Rig for Dma {
 
     fn takes(&self, backing: Backing) -> bool {
         backing.writable() && backing != Backing::FileShared && (self.pins_files || backing != Backing::FilePrivate)
+    }
+
+    fn spans_files(&self) -> bool {
+        self.spans_files
     }
 
     fn keeps_pages(&self, _: Backing) -> bool {

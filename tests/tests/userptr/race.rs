@@ -10,8 +10,8 @@ use std::thread;
 
 use pinfold_core::{Coverage, Device, Generation, Lease, State, Userptr};
 use pinfold_invalidate::page_size;
-use pinfold_tests::PATIENCE;
 use pinfold_tests::memory::{Backing, Region};
+use pinfold_tests::{PATIENCE, rounds};
 
 use super::{Rig, filled, register};
 
@@ -83,7 +83,8 @@ fn check(seen: &[u64], floors: [u64; PAGES], begun: [u64; PAGES]) {
 /// Acquires, submits and checks until enough reads have been checked.
 fn read<R: Rig>(rig: &R, object: &Userptr<R::D>, history: &[Page; PAGES], reads: &AtomicUsize) {
     let load = |which: fn(&Page) -> &AtomicU64| history.each_ref().map(|page| which(page).load(Ordering::SeqCst));
-    while reads.load(Ordering::Relaxed) < READS {
+    let wanted = rounds(READS);
+    while reads.load(Ordering::Relaxed) < wanted {
         // What has returned before the acquire must not be seen again.
         let floors = load(|page| &page.floor);
         let Ok(lease) = rig.manager().acquire_timeout(&[object], PATIENCE) else { continue };
@@ -178,8 +179,8 @@ pub fn a_page_that_comes_and_goes_is_never_valid_without_being_watched<R: Rig>(r
         });
         let mutator = scope.spawn(|| {
             // Where every acquisition of shared memory makes its alias anew, and so invalidates the other fifteen, a round takes long.
-            let rounds = if backing == Backing::Anonymous { R::TRIES / 5 } else { R::TRIES / 50 };
-            for _ in 0..rounds {
+            let tries = if backing == Backing::Anonymous { R::TRIES / 5 } else { R::TRIES / 50 };
+            for _ in 0..rounds(tries) {
                 region.unmap(0..1).unwrap();
                 for object in &objects {
                     assert_ne!(object.state().unwrap(), State::Valid, "valid after munmap");
@@ -253,7 +254,7 @@ pub fn whoever_has_returned_from_a_mutation_never_finds_the_object_as_valid_as_b
                     }
                     region.fill(0..1, 1).unwrap();
                     let valid = before.iter().flatten().count();
-                    if tries.fetch_add(valid, Ordering::Relaxed) + valid >= R::TRIES {
+                    if tries.fetch_add(valid, Ordering::Relaxed) + valid >= rounds(R::TRIES) {
                         break;
                     }
                 }

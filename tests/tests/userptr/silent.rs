@@ -49,9 +49,9 @@ impl Silent {
             Self::Zero => zero_page(region, 1),
             Self::Guard => region.advise(1..2, MADV_GUARD_INSTALL),
             Self::Collapse if region.backing() != Backing::AnonymousHuge => Err(unsupported()),
-            // Refused while the pages are pinned, as it would have to move them.
+            // Refused while anybody holds the pages, as it would have to move them; Linux 6.1 calls that invalid.
             Self::Collapse => region.advise(0..pages, MADV_COLLAPSE).or_else(|e| match e.raw_os_error() {
-                Some(libc::EAGAIN | libc::EBUSY | libc::ENOMEM) => Ok(()),
+                Some(libc::EAGAIN | libc::EBUSY | libc::ENOMEM | libc::EINVAL) => Ok(()),
                 _ => Err(e),
             }),
             Self::PageOut => region.advise(0..pages, MADV_PAGEOUT),
