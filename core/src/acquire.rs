@@ -107,8 +107,10 @@ impl<D: Device> Object<D> {
 
     /// Takes the pages of an object that this thread has claimed. Returns whether it is valid now; waiters have been told in any case.
     pub(crate) fn build(self: &Arc<Self>, mut noted: Snapshot, token: u64, effort: Effort) -> bool {
-        // Here and not by a worker: what it was counted with may be just what is needed.
+        // Here and not by a worker: what it was counted with may be just what is needed, here or by others, who wait for it.
+        self.engine.loose.add(0);
         self.take_stale_pin().and_then(Arc::into_inner).map(Pin::release);
+        self.engine.loose.sub(0);
         let mut learnt = Learnt { shards: noted.shards, prepared: None, charge: None, rounds: 0, returned: 0 };
         let (mut moved, mut anew) = (0, 0);
         loop {

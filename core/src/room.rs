@@ -111,8 +111,11 @@ impl<D: Device> Engine<D> {
             if object.age() != age {
                 continue;
             }
-            if let Some((taken, was_valid)) = object.evict() {
-                let given = taken.give_back();
+            // Counted, so that who is short meanwhile waits for what is in our hands.
+            self.loose.add(0);
+            let given = object.evict().map(|(taken, was_valid)| (taken.give_back(), was_valid));
+            self.loose.sub(0);
+            if let Some((given, was_valid)) = given {
                 freed += given;
                 if was_valid {
                     evicted(&object, given);
