@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use thiserror::Error;
 
+pub(crate) use backing::page_size_of;
 pub use file::mapped_from;
 
 use crate::fault::{self, Call};

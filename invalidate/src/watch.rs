@@ -8,7 +8,7 @@ use thiserror::Error;
 use crate::HostRange;
 use crate::dirty::protected;
 use crate::ledger::{Ledger, Watch};
-use crate::maps::{Backing, Mapping, MapsError, mappings};
+use crate::maps::{Backing, Mapping, MapsError, mappings, page_size_of};
 use crate::room::max_map_count;
 use crate::space::{Inner, NO_HOLD, SHARDS, Shards, Space};
 use crate::span::run_around;
@@ -17,7 +17,8 @@ use crate::span::run_around;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum WatchSpan {
     /// The pages of the range and no others, so that mutations of their neighbours cost nothing. It makes the mapping several to the kernel, so
-    /// a crowd in one mapping, or a process that has nearly as many mappings as it may, gets [`Mapping`](Self::Mapping) all the same.
+    /// a crowd in one mapping, or a process that has nearly as many mappings as it may, gets [`Mapping`](Self::Mapping) all the same; and so does
+    /// a part of a page of the huge pool, which the kernel watches as a whole.
     #[default]
     Exact,
     /// All of the mapping, once for everybody in it: the next range in it costs a look into a map, no mapping is split, and the program can
@@ -295,8 +296,11 @@ impl Inner {
             ledger.watch_more(piece, Watch { shard, span: WatchSpan::Exact });
             Ok(shard)
         };
+        // Refused for a part of a huge page.
+        let is_possible = (piece.start() | piece.len()).is_multiple_of(page_size_of(mapping.file));
         // Once more, to wait for a discard and to arm what the ledger may not know to be new: nothing is split.
-        if ledger.covered(piece).is_some() || (asked == WatchSpan::Exact && Self::is_better_exact(ledger, mapping)) {
+        let is_there = ledger.covered(piece).is_some();
+        if is_possible && (is_there || (asked == WatchSpan::Exact && Self::is_better_exact(ledger, mapping))) {
             match exact(ledger) {
                 Err(Refusal::Can(WatchError::TooManyMappings { .. })) => {}
                 other => return other,

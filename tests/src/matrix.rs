@@ -285,7 +285,7 @@ pub fn expect(kind: Kind, mutation: Mutation) -> Expected {
 #[must_use]
 pub fn crashes_by_nature(kind: Kind, mutation: Mutation, situation: Situation) -> bool {
     let Expected { call, news, after } = expect(kind, mutation);
-    let alias = kind.backing().shared() && kind.backing().writable() || matches!(mutation, Mutation::Truncate);
+    let alias = kind.backing().shared();
     let under_work = situation == Situation::Busy;
     call == Call::Done
         && after == After::Fault
@@ -293,6 +293,13 @@ pub fn crashes_by_nature(kind: Kind, mutation: Mutation, situation: Situation) -
         // A file that is cut is cut for every mapping of it; any other hole only in the program's.
         && (mutation == Mutation::Truncate || !alias)
         && news != News::NothingToTell
+}
+
+/// Whether the kernel fills the hole before a driver crashes in it: the stack grows into a hole below a part of it, and the driver reads zeros. Guard pages
+/// are no hole.
+#[must_use]
+pub fn is_filled(kind: Kind, mutation: Mutation) -> bool {
+    kind == Kind::Stack && mutation != Mutation::Guard
 }
 
 /// How many of the cells come to what on a device.
@@ -304,7 +311,7 @@ pub struct Verdicts {
     pub refused: usize,
     /// The device can't be given that kind of memory; it says so.
     pub not_pinnable: usize,
-    /// The device crashes by its nature; shown in a process of its own.
+    /// The device crashes by its nature; run in a process of its own.
     pub crashes: usize,
     /// There is nothing to call the mutation with.
     pub impossible: usize,
@@ -363,6 +370,8 @@ ones on the Vulkan drivers. Each cell ends with the hole filled, new bytes writt
 
 Verdicts of their own, never counted as passed: the DMA device can't pin what the program may not write, nor a shared mapping of a file on a disk
 (*not pinnable*: the acquire says so); a CPU driver that reads through the program's page table crashes when a hole is made under running work, or a file is cut
-(*crashes by nature*: shown in child processes); hugetlb memory where the pool is empty, and mutations that the kernel lacks, are *skipped* and said.
+(*crashes by nature*: each of these cells is run in a process of its own, and must end by `SIGSEGV` or `SIGBUS`; but for holes in the stack, which the kernel fills by letting
+it grow); mutations that the kernel lacks are *skipped* and said, and so is hugetlb memory where the pool has too few huge pages: root puts them in for
+the time of the tests.
 
 ";

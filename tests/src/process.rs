@@ -120,6 +120,11 @@ pub fn isolated_case<F: FnOnce()>(case: &str, limit: Duration, body: F) -> Endin
     Ending { verdict, output }
 }
 
+/// Whether this process is a child that [`isolated`] has made.
+pub(crate) fn is_isolated() -> bool {
+    std::env::var_os(CASE).is_some()
+}
+
 /// The name that libtest knows a test by, from the path of something inside it: `program::tests::it_works::{{closure}}` is
 /// `tests::it_works`.
 #[must_use]

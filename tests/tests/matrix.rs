@@ -17,6 +17,7 @@ fn tell(ending: &Ending) {
 #[test]
 // rows (fake): xe/system-allocator-{malloc,mmap,new,…}-{race,fork-read,mlock,remap,remap-dontunmap,remap-ro,huge,shared,file}; selftests/uffd register-ioctls
 fn each_cell_comes_to_what_the_table_says_on_the_scripted_device() {
+    let _pool = matrix::huge_pages();
     let case = || {
         let verdicts = matrix::run(&Fake::new(), &Situation::ALL);
         assert_eq!((verdicts.not_pinnable, verdicts.crashes), (0, 0), "it takes everything and survives everything");
@@ -29,6 +30,7 @@ fn each_cell_comes_to_what_the_table_says_on_the_scripted_device() {
 // rows (dma): selftests/uffd wp-fork{,-with-event}, wp-fork-pin{,-with-event}; selftests/hmm anon_write_child{,_shared}, hmm_cow_in_device
 // rows (dma): selftests/hmm anon_{read,write}{,_prot,_huge}, file_{read,write}
 fn each_cell_comes_to_what_the_table_says_on_the_device_that_pins() {
+    let _pool = matrix::huge_pages();
     let case = || match Dma::new() {
         Ok(rig) => {
             let verdicts = matrix::run(&rig, &Situation::ALL);

@@ -8,11 +8,11 @@ use std::ops::Range;
 use pinfold_core::{Access, Coverage, Error, ManualReason, Policy, State};
 use pinfold_invalidate::page_size;
 use pinfold_tests::leaks::pinned;
-use pinfold_tests::memory::{Backing, Region};
+use pinfold_tests::memory::{Backing, HugePages, Region};
 use pinfold_tests::process::isolated;
 use pinfold_tests::{PATIENCE, skip};
 
-use userptr::{Dma, Fake, alone, device_sees, program_sees, register};
+use userptr::{Dma, Fake, alone, assert_taken_back, device_sees, program_sees, register, space};
 
 for_devices!([fake dma] part {
     a_part_is_populated_watched_and_taken_and_nothing_around_it
@@ -125,4 +125,24 @@ fn an_export_of_a_part_has_its_unwatched_whole_and_its_sisters_watched_too() {
     // Whether the kernel then makes a dma-buf is another matter.
     let _ = rig.manager.export_dmabuf(&part, 0..page as u64);
     assert_eq!(coverage(), [Coverage::Watched, Coverage::Watched, Coverage::Watched, asked]);
+}
+
+#[test]
+fn a_part_of_a_page_of_the_huge_pool_is_watched_with_all_of_its_mapping() {
+    let _alone = alone();
+    let _pool = match HugePages::add(2) {
+        Ok(pool) => pool,
+        Err(why) => skip!("{why}"),
+    };
+    let rig = Fake::new();
+    let (region, page) = (Region::new(Backing::HugeTlb, 2 * 512).unwrap(), page_size());
+    let whole = register(&rig.manager, region.range());
+    let [part, half] = [page..9 * page, 0..512 * page].map(|bytes| whole.part(bytes).unwrap());
+    assert_eq!(device_sees(&rig, &half), program_sees(&region)[..512]);
+    assert!(!space().is_watched(region.part(512..1024)), "whole pages are watched exactly");
+    assert_eq!(device_sees(&rig, &part), program_sees(&region)[1..9]);
+    assert_eq!(rig.manager.stats().retries, 0, "nothing is tried that the kernel refuses");
+    let generation = part.generation().unwrap();
+    region.unmap(0..512).unwrap();
+    assert_taken_back(&part, generation);
 }

@@ -12,6 +12,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::OnceLock;
 
 use super::{Backing, FileId};
+use crate::page_size;
 
 /// What a mapping with this name and file is backed by.
 pub(super) fn classify(name: &OsStr, file: Option<FileId>) -> Backing {
@@ -37,7 +38,7 @@ fn with_file(name: &OsStr, file: FileId) -> Backing {
     let device = (file.major, file.minor);
     match devices() {
         Devices { shared_memory: Some(own), .. } if *own == device => return Backing::SharedMemory,
-        Devices { huge_pages: Some(own), .. } if *own == device => return Backing::SharedMemory,
+        Devices { huge_pages: Some((own, _)), .. } if *own == device => return Backing::SharedMemory,
         Devices { dev_shm: Some(own), .. } if *own == device => return Backing::SharedMemory,
         // Without a memfd to compare with, the names that the kernel gives must do.
         Devices { shared_memory: None, .. } if kernel_shared_memory(bytes) => return Backing::SharedMemory,
@@ -67,6 +68,15 @@ fn with_file(name: &OsStr, file: FileId) -> Backing {
     Backing::File
 }
 
+/// Bytes of the pages that a mapping of this file is made of: those of the pool of huge pages are watched as wholes only. Of a pool that isn't
+/// the default one, and of files on a mounted one, that isn't known.
+pub(crate) fn page_size_of(file: Option<FileId>) -> usize {
+    match (file, &devices().huge_pages) {
+        (Some(file), &Some((own, bytes))) if own == (file.major, file.minor) => bytes,
+        _ => page_size(),
+    }
+}
+
 fn kernel_shared_memory(name: &[u8]) -> bool {
     [&b"/memfd:"[..], b"/SYSV", b"[anon_shmem:"].iter().any(|prefix| name.starts_with(prefix))
         || name == b"/dev/zero (deleted)"
@@ -76,8 +86,8 @@ fn kernel_shared_memory(name: &[u8]) -> bool {
 struct Devices {
     /// memfd, System V, shared anonymous memory.
     shared_memory: Option<(u32, u32)>,
-    /// The same with huge pages of the default size.
-    huge_pages: Option<(u32, u32)>,
+    /// The same with huge pages of the default size, which follows.
+    huge_pages: Option<((u32, u32), usize)>,
     /// `/dev/shm`, where it is a mount of its own.
     dev_shm: Option<(u32, u32)>,
 }
@@ -88,18 +98,19 @@ fn devices() -> &'static Devices {
         let device = |path: &str| fs::metadata(path).ok().map(|found| found.dev());
         let own_mount = device("/dev/shm").filter(|shm| Some(*shm) != device("/dev") && Some(*shm) != device("/"));
         Devices {
-            shared_memory: memfd_device(0),
+            shared_memory: memfd_device(0).map(|(device, _)| device),
             huge_pages: memfd_device(libc::MFD_HUGETLB),
             dev_shm: own_mount.map(|device| (libc::major(device), libc::minor(device))),
         }
     })
 }
 
-fn memfd_device(flags: libc::c_uint) -> Option<(u32, u32)> {
+/// Where such a memfd lies, and the bytes of its pages.
+fn memfd_device(flags: libc::c_uint) -> Option<((u32, u32), usize)> {
     // SAFETY: the name is a terminated string; the call makes a descriptor and has no other effect.
     let fd = unsafe { libc::memfd_create(c"pinfold".as_ptr(), flags | libc::MFD_CLOEXEC) };
     // SAFETY: a descriptor that is not negative was just made for us, and nobody else knows it.
     let fd = (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) })?;
-    let device = fs::File::from(fd).metadata().ok()?.dev();
-    Some((libc::major(device), libc::minor(device)))
+    let about = fs::File::from(fd).metadata().ok()?;
+    Some(((libc::major(about.dev()), libc::minor(about.dev())), usize::try_from(about.blksize()).ok()?))
 }

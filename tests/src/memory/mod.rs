@@ -8,9 +8,11 @@
 
 mod backing;
 mod pages;
+mod pool;
 mod region;
 
 pub use backing::Backing;
 pub(crate) use backing::remove_left_by;
 pub use pages::{cached_pages, find_mapping, peek, poke, present_pages};
+pub use pool::HugePages;
 pub use region::{Move, Region};

@@ -52,8 +52,7 @@ impl Region {
     /// As [`new`](Self::new).
     pub fn untouched(backing: Backing, pages: usize) -> io::Result<Self> {
         let source = backing.file(|| pattern(0..pages))?;
-        let align = if matches!(backing, Backing::AnonymousHuge | Backing::HugeTlb) { 2 << 20 } else { page_size() };
-        let range = reserve(pages * page_size(), align)?;
+        let range = reserve(pages * page_size(), align_of(backing))?;
         let region = Self { range, backing, source, held: Mutex::new(vec![true; pages]) };
         region.map(region.range, 0, libc::MAP_FIXED)?;
         if backing == Backing::AnonymousHuge {
@@ -198,7 +197,7 @@ impl Region {
     /// Those of `mremap`; `EINVAL` for `DontUnmap` of what the kernel can't do it for.
     pub fn relocate(&self, pages: Range<usize>, how: Move) -> io::Result<Self> {
         let part = self.part(pages.clone());
-        let to = reserve(part.len(), page_size())?;
+        let to = reserve(part.len(), align_of(self.backing))?;
         // If the call fails, this unmaps the reservation again.
         let moved = Self { range: to, backing: self.backing, source: None, held: Mutex::new(vec![true; pages.len()]) };
         let mut flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
@@ -299,6 +298,11 @@ impl Drop for Region {
             first += run.len();
         }
     }
+}
+
+/// A multiple of what such a mapping begins at.
+fn align_of(backing: Backing) -> usize {
+    if matches!(backing, Backing::AnonymousHuge | Backing::HugeTlb) { 2 << 20 } else { page_size() }
 }
 
 /// Address space that nobody else is given: mapped without any permission.

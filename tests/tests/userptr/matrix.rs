@@ -12,7 +12,7 @@ use pinfold_tests::leaks::pinned;
 use pinfold_tests::matrix::{
     After, Call, Expected, Kind, Mutation, News, Situation, Verdicts, crashes_by_nature, expect,
 };
-use pinfold_tests::memory::{Backing, Move, Region, find_mapping};
+use pinfold_tests::memory::{Backing, HugePages, Move, Region, find_mapping};
 use pinfold_tests::skip_part;
 
 use super::change::move_onto;
@@ -24,6 +24,12 @@ const PARTS: usize = 4;
 const MADV_GUARD_INSTALL: i32 = 102;
 const MADV_PAGEOUT: i32 = 21;
 const MADV_COLLAPSE: i32 = 25;
+
+/// Huge pages for the cells that want some: a region's four, those of a child that writes over them, and as many on their way back to the pool.
+/// To be held by the parent of the process that runs the cells, which may crash.
+pub fn huge_pages() -> Option<HugePages> {
+    HugePages::add(16).inspect_err(|why| skip_part!("{why}")).ok()
+}
 
 /// Runs every cell of the situations, and counts what they came to.
 pub fn run<R: Rig>(rig: &R, situations: &[Situation]) -> Verdicts {
@@ -73,6 +79,13 @@ enum Verdict {
 enum Skip {
     Kind(String),
     Mutation(String),
+}
+
+/// Memory of this kind, for one cell in a process of its own.
+pub fn region(kind: Kind) -> Result<Region, String> {
+    Quarry::default().region(kind).map_err(|skip| match skip {
+        Skip::Kind(why) | Skip::Mutation(why) => why,
+    })
 }
 
 /// Where pieces of the stack and of the heap come from.
