@@ -24,7 +24,7 @@ use crate::discard::are_gone;
 use crate::dmabuf::Reserved;
 use crate::notes::What;
 use crate::object::{Fault, Object, Pin, Slot};
-use crate::populate::{populate, resident};
+use crate::populate::{Presence, populate};
 use crate::room::Charge;
 use crate::state::{Snapshot, State, Step};
 use crate::watch::DmaBufEvent;
@@ -43,13 +43,19 @@ pub(crate) struct Effort {
     attempts: u32,
     /// Longest wait for a gate or for the probe.
     patience: Duration,
+    /// What has been seen of the pages.
+    pages: Presence,
 }
 
 impl Effort {
-    /// On the caller's thread: one attempt, no waiting.
-    pub(crate) const INLINE: Self = Self { attempts: 1, patience: Duration::ZERO };
     /// On a worker. A gate is closed for one hold-off at most, and the probe busy for as long; many of them in a row end in `Again`.
-    pub(crate) const WORKER: Self = Self { attempts: ATTEMPTS, patience: Duration::from_secs(10) };
+    pub(crate) const WORKER: Self =
+        Self { attempts: ATTEMPTS, patience: Duration::from_secs(10), pages: Presence::Unknown };
+
+    /// On the caller's thread: one attempt, no waiting.
+    fn here(pages: Presence) -> Self {
+        Self { attempts: 1, patience: Duration::ZERO, pages }
+    }
 }
 
 /// How one attempt ended.
@@ -207,7 +213,7 @@ impl<D: Device> Object<D> {
             }
         }
         if discarded.is_none() {
-            populate(self.range, self.access, &before)?;
+            populate(self.range, self.access, &before, effort.pages)?;
         }
         let Some((watched, coverage, after)) = self.watch(&before)? else { return Ok(Attempt::Moved) };
         if !shards.covers(watched) {
@@ -221,7 +227,7 @@ impl<D: Device> Object<D> {
         }
         learnt.shards = watched;
         if discarded.is_some() {
-            populate(self.range, self.access, &after)?; // what the mutator has dropped meanwhile, too
+            populate(self.range, self.access, &after, Presence::Unknown)?; // what the mutator has dropped meanwhile, too
         }
         let request =
             Request { coverage: Some(coverage), discarded: discarded.is_some(), ..self.request(&after, true) };
@@ -388,9 +394,13 @@ impl<D: Device> Object<D> {
         });
     }
 
-    /// Whether the pages can be taken at once, so that a worker isn't worth its wake-up.
-    pub(crate) fn is_quick(&self, limit: usize) -> bool {
-        self.range.len() <= limit && resident(self.range)
+    /// How the pages are taken at once, where a worker isn't worth its wake-up: up to `limit` bytes that are in memory.
+    pub(crate) fn quick(&self, limit: usize) -> Option<Effort> {
+        if self.range.len() > limit || self.dmabuf.is_some() {
+            return None;
+        }
+        let pages = Presence::of(self.range);
+        (pages != Presence::Unknown).then(|| Effort::here(pages))
     }
 }
 

@@ -14,7 +14,8 @@ pub struct Config {
     pub deadline: Duration,
     /// Most bytes the device may have at a time. Default: no limit of ours.
     pub budget: u64,
-    /// Ranges up to this many bytes whose pages are resident are taken on the thread that calls `acquire`. Default 256 KiB; 0: never.
+    /// Ranges up to this many bytes whose pages are resident are taken on the thread that calls `acquire`, and up to 64 times as many on one that
+    /// would wait for nothing else in `acquire_timeout`. Default 256 KiB; 0: never.
     pub inline_limit: usize,
     /// A socket at which other processes of the same user may watch what happens. Default: what `PINFOLD_WATCH` says (a path, or `1` for
     /// `pinfold-<pid>.sock` in the run-time folder), and none without it. Further managers that come to the same path take `<path>.2` and so on.

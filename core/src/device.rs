@@ -12,6 +12,7 @@ use thiserror::Error;
 
 use crate::Ticket;
 use crate::dmabuf::DmaBufPart;
+use crate::populate::Presence;
 
 /// What the device may do with the memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -130,7 +131,7 @@ impl<'a> Request<'a> {
     /// # Errors
     /// [`Error::Fault`](crate::Error::Fault) if they can't be.
     pub fn populate(&self, range: HostRange, mappings: &[Mapping]) -> Result<(), crate::Error> {
-        crate::populate::populate(range, self.access, mappings)
+        crate::populate::populate(range, self.access, mappings, Presence::Unknown)
     }
 }
 

@@ -26,6 +26,9 @@ struct Owner<D: Device> {
     server: OnceLock<share::Server>,
 }
 
+/// How many times more bytes a thread takes itself that would only wait meanwhile: 16 MiB by default, which takes as long as some wake-ups.
+const PATIENT: usize = 64;
+
 impl<D: Device> Manager<D> {
     /// A manager of `device`.
     ///
@@ -160,7 +163,7 @@ impl<D: Device> Manager<D> {
     /// # Errors
     /// [`Error::Again`] while workers are on it; [`Error::Fault`], [`Error::Budget`], [`Error::Device`] once for each acquisition that failed.
     pub fn acquire(&self, objects: &[&Userptr<D>]) -> Result<Lease<D>, Error> {
-        self.try_acquire(objects, None).map_err(|wait| wait.error)
+        self.try_acquire(objects, None, self.engine().config.inline_limit).map_err(|wait| wait.error)
     }
 
     /// Says that the objects will be acquired soon: those that are not valid begin to be acquired, by workers, so that the acquire need not wait.
@@ -174,13 +177,16 @@ impl<D: Device> Manager<D> {
 
     /// As [`acquire`](Self::acquire), waiting up to `limit`.
     ///
+    /// Where a single object is not valid, this thread takes its pages itself instead of waiting for a worker, if they are in memory and
+    /// no more than 64 times [`Config::inline_limit`]. That ends when it is done.
+    ///
     /// # Errors
     /// As [`acquire`](Self::acquire); [`Error::Again`] when the time is over.
     pub fn acquire_timeout(&self, objects: &[&Userptr<D>], limit: Duration) -> Result<Lease<D>, Error> {
         let deadline = Instant::now() + limit;
-        let mut since = Since::default();
+        let (mut since, alone) = (Since::default(), self.engine().config.inline_limit.saturating_mul(PATIENT));
         loop {
-            match self.try_acquire(objects, Some(&mut since)) {
+            match self.try_acquire(objects, Some(&mut since), alone) {
                 Ok(lease) => return Ok(lease),
                 Err(Wait { error, object: Some((index, seen)) }) if error.is_again() => {
                     if !objects[index].handle.object.ended.wait(seen, Some(deadline)) {

@@ -3,7 +3,7 @@
 use std::ptr;
 
 use nix::errno::Errno;
-use pinfold_invalidate::{Backing, HostRange, Mapping, Missing, missing};
+use pinfold_invalidate::{Backing, HostRange, Mapping, Missing, is_all_there, missing};
 
 use crate::{Access, Error};
 
@@ -22,7 +22,9 @@ const WORTH_A_LOOK: usize = 8;
 /// (since Linux 5.19), and whoever follows the page tables is told.
 ///
 /// Kernels before 5.14 don't know how; there the driver's own page faults do it, and cost more.
-pub(crate) fn populate(range: HostRange, access: Access, mappings: &[Mapping]) -> Result<(), Error> {
+///
+/// `known` is what was seen of the pages a moment ago; they may be gone again, as they may be after this.
+pub(crate) fn populate(range: HostRange, access: Access, mappings: &[Mapping], known: Presence) -> Result<(), Error> {
     for mapping in mappings {
         let private = !mapping.shared && mapping.backing != Backing::File;
         let write = mapping.protection.write && (private || access == Access::ReadWrite);
@@ -34,7 +36,8 @@ pub(crate) fn populate(range: HostRange, access: Access, mappings: &[Mapping]) -
             // Whether a page may be written, or is the mapping's own, takes more to tell.
             _ => None,
         };
-        match what.filter(|_| mapping.range.pages() >= WORTH_A_LOOK) {
+        match what.filter(|_| known == Presence::There || mapping.range.pages() >= WORTH_A_LOOK) {
+            Some(_) if known == Presence::There => {}
             Some(what) => missing(mapping.range, what, fault_in)?,
             None => fault_in(mapping.range)?,
         }
@@ -74,9 +77,31 @@ fn advise(start: *mut libc::c_void, len: usize, advice: i32) -> Option<Errno> {
     if answer == 0 { None } else { Some(Errno::last()) }
 }
 
-/// Whether all pages are in memory, so that taking them does not block. Allocates nothing.
-pub(crate) fn resident(range: HostRange) -> bool {
-    let mut pages = [0_u8; 64];
+/// What is known of a range's pages before they are taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Presence {
+    /// They are there, and nothing is left to be populated of memory that the device reads, or that is private.
+    There,
+    /// They are in memory, so populating them does not wait for a disk.
+    Resident,
+    Unknown,
+}
+
+impl Presence {
+    /// Asks the kernel, once if the pages are there. Allocates nothing.
+    pub(crate) fn of(range: HostRange) -> Self {
+        if is_all_there(range) {
+            Self::There
+        } else if is_resident(range) {
+            Self::Resident
+        } else {
+            Self::Unknown
+        }
+    }
+}
+
+fn is_resident(range: HostRange) -> bool {
+    let mut pages = [0_u8; 512];
     let step = pages.len() * pinfold_invalidate::page_size();
     (range.start()..range.end()).step_by(step).all(|at| {
         let len = step.min(range.end() - at);
@@ -113,7 +138,7 @@ mod tests {
         assert_ne!(at, libc::MAP_FAILED);
         let range = HostRange::from_ptr(at, len).unwrap();
         REFUSALS.set(refusals.iter().rev().copied().collect());
-        let result = populate(range, Access::Read, &mappings(range).unwrap());
+        let result = populate(range, Access::Read, &mappings(range).unwrap(), Presence::Unknown);
         assert!(next_refusal().is_none(), "each was met");
         let present = any_present(range).unwrap();
         // SAFETY: the mapping just made, which no reference points into.
@@ -135,7 +160,7 @@ mod tests {
         let at = unsafe { libc::mmap(ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
         assert_ne!(at, libc::MAP_FAILED);
         let range = HostRange::from_ptr(at, len).unwrap();
-        let populate = || populate(range, Access::Read, &mappings(range).unwrap());
+        let populate = || populate(range, Access::Read, &mappings(range).unwrap(), Presence::Unknown);
         populate().unwrap();
         if any_present(range).unwrap().is_none() {
             return println!("SKIP {}: no PAGEMAP_SCAN here", std::thread::current().name().unwrap_or("?"));

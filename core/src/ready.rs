@@ -9,15 +9,22 @@ use std::time::Instant;
 
 use pinfold_invalidate::{in_bracket, mappings};
 
-use crate::acquire::Effort;
 use crate::notes::What;
 use crate::object::Object;
 use crate::state::{Snapshot, State, Step};
 use crate::{Device, Error, Lease, Manager, Path, Userptr, protocol};
 
 impl<D: Device> Manager<D> {
-    pub(crate) fn try_acquire(&self, objects: &[&Userptr<D>], since: Option<&mut Since>) -> Result<Lease<D>, Wait> {
+    /// A lease if all are valid, or can be made so at once. `alone` is how many bytes a caller who would wait for one object only had rather take
+    /// itself.
+    pub(crate) fn try_acquire(
+        &self,
+        objects: &[&Userptr<D>],
+        since: Option<&mut Since>,
+        alone: usize,
+    ) -> Result<Lease<D>, Wait> {
         self.ask_for(objects)?;
+        let limit = self.engine().config.inline_limit;
         let mut lease = Lease::with_capacity(objects.len());
         let mut wait = None;
         let since = since.map(|since| since.for_objects(objects));
@@ -25,7 +32,10 @@ impl<D: Device> Manager<D> {
             let object = &userptr.handle.object;
             let first = since.as_ref().map_or(u64::MAX, |since| since[index]);
             let seen = object.ended.value(); // before the look: an end that comes after it is noticed
-            match object.ready(first)? {
+            // Several go to workers, who take them side by side.
+            let is_ready = |other: &&Userptr<D>| other.handle.object.word.read().state == State::Valid;
+            let here = || if wait.is_none() && objects[index + 1..].iter().all(is_ready) { alone } else { limit };
+            match object.ready(first, here)? {
                 Some((noted, pin)) => lease.add(userptr.handle.clone(), noted, pin),
                 None => wait = wait.or(Some((index, seen))), // the others begin all the same
             }
@@ -98,9 +108,14 @@ impl Since {
 impl<D: Device> Object<D> {
     /// The pin of the object if it is valid, else makes it so: here if that is quick, by a worker if not (then `None`).
     ///
-    /// `first` is the first acquisition the caller waits for; without one (`u64::MAX`) it is told a failure nobody has been told yet.
+    /// `first` is the first acquisition the caller waits for; without one (`u64::MAX`) it is told a failure nobody has been told yet. `limit` says
+    /// how many bytes are quick.
     #[allow(clippy::type_complexity)]
-    fn ready(self: &Arc<Self>, first: u64) -> Result<Option<(Snapshot, Arc<crate::object::Pin<D>>)>, Error> {
+    fn ready(
+        self: &Arc<Self>,
+        first: u64,
+        limit: impl Fn() -> usize,
+    ) -> Result<Option<(Snapshot, Arc<crate::object::Pin<D>>)>, Error> {
         let engine = &self.engine;
         // The time is read only where somebody has to wait.
         let mut patience = None;
@@ -131,11 +146,12 @@ impl<D: Device> Object<D> {
                     if let Some(error) = self.untold_fault(first) {
                         return Err(error);
                     }
-                    if !tried_here && seen.state != State::Faulted && self.is_quick(engine.config.inline_limit) {
+                    let may_try = !tried_here && seen.state != State::Faulted;
+                    if let Some(effort) = may_try.then(|| self.quick(limit())).flatten() {
                         tried_here = true;
                         if let Some((noted, token)) = self.begin_acquisition(seen, Step::Claim) {
                             engine.counters.inline.fetch_add(1, Ordering::Relaxed);
-                            self.build(noted, token, Effort::INLINE);
+                            self.build(noted, token, effort);
                         }
                     } else {
                         self.enqueue(seen);
@@ -232,7 +248,8 @@ impl<D: Device> Future for Acquire<'_, D> {
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
         loop {
-            let wait = match this.manager.try_acquire(this.objects, Some(&mut this.since)) {
+            let limit = this.manager.engine().config.inline_limit;
+            let wait = match this.manager.try_acquire(this.objects, Some(&mut this.since), limit) {
                 Err(wait) if wait.error.is_again() => wait,
                 done => return Poll::Ready(done.map_err(|wait| wait.error)),
             };

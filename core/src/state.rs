@@ -39,7 +39,7 @@ pub enum State {
 pub enum Step {
     /// `acquire` hands the object to a worker.
     Enqueue,
-    /// `acquire` does the work itself (small and resident), or a worker begins anew after the generation has moved.
+    /// `acquire` does the work itself (what is quick, or the caller would only wait for), or a worker begins anew after the generation has moved.
     Claim,
     /// A worker begins; the token is still the object's.
     Start,

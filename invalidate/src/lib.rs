@@ -76,7 +76,7 @@ pub use event_path::on_event_path;
 pub use gate::{Era, Gate, Visit};
 pub use index::{Entry, Index};
 pub use maps::{Backing, FileId, Mapping, MapsError, Protection, mapped_from, mapping_at, mappings};
-pub use pagemap::{Missing, any_present, missing, still_watched};
+pub use pagemap::{Missing, any_present, is_all_there, missing, still_watched};
 pub use range::{HostRange, MAX_PAGES, RangeError, USER_SPACE_END, page_size};
 pub use shards::{SHARDS, Shards};
 pub use space::{Cause, Change, DEFAULT_DEADLINE, MAX_DEADLINE, Space, SpaceError, SpaceStats, Target};

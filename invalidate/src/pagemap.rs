@@ -15,7 +15,7 @@ use crate::proc_file::ProcFile;
 pub(crate) struct PageRegion {
     pub(crate) start: u64,
     pub(crate) end: u64,
-    categories: u64,
+    pub(crate) categories: u64,
 }
 
 /// `struct pm_scan_arg`.
@@ -72,6 +72,8 @@ pub(crate) struct Wanted {
     pub(crate) all: u64,
     /// Of these it must have one; 0 for no such demand.
     pub(crate) any: u64,
+    /// Categories that are told besides those asked for. They part regions.
+    pub(crate) told: u64,
     /// Stop after this many pages; 0 for no limit.
     pub(crate) max_pages: u64,
 }
@@ -92,7 +94,7 @@ pub(crate) fn scan(start: u64, end: u64, want: Wanted, out: &mut [PageRegion]) -
         category_inverted: want.inverted,
         category_mask: want.all,
         category_anyof_mask: want.any,
-        return_mask: if out.is_empty() { 0 } else { want.all | want.any },
+        return_mask: if out.is_empty() { 0 } else { want.all | want.any | want.told },
         ..PmScanArg::default()
     };
     // SAFETY: `arg` is a live `pm_scan_arg` with its true size; `vec` is null or `out`, borrowed for the call, with its
@@ -131,6 +133,17 @@ pub fn any_present(range: HostRange) -> io::Result<Option<bool>> {
         Err(err) if matches!(err.raw_os_error(), Some(libc::ENOTTY | libc::EACCES | libc::EPERM)) => Ok(None),
         Err(err) => Err(err),
     }
+}
+
+/// Whether every page of the range is in the page table, and none of them the page of zeros or part of a huge page (which may be of zeros). No
+/// also where this can't be told (as with [`any_present`]), and where nothing is mapped.
+#[must_use]
+pub fn is_all_there(range: HostRange) -> bool {
+    let want = Wanted { inverted: ZERO | HUGE, all: PRESENT | ZERO | HUGE, ..Wanted::default() };
+    // The walk ends where a second region would begin.
+    let mut region = [PageRegion::default()];
+    let found = scan(range.start() as u64, range.end() as u64, want, &mut region);
+    matches!(found, Ok((1, _))) && (region[0].start, region[0].end) == (range.start() as u64, range.end() as u64)
 }
 
 /// What makes a page count as missing.

@@ -240,7 +240,8 @@ impl Uffd {
 
     /// Whether each mutator whose message has been read has left its wait. Asks the kernel only if one has been read since the last clear probe.
     pub(crate) fn is_settled(&self) -> bool {
-        // Relaxed: the gate, which was closed when they were read and is open now, orders it. Read before the probe, which so covers them all.
+        // Relaxed: for whoever asks, the gate orders it, which was closed when they were read and is open now, or the count of discards, which is
+        // raised after that. Read before the probe, which so covers them all.
         let read = self.read.load(Ordering::Relaxed);
         if self.settled.load(Ordering::Relaxed) == read {
             return true;

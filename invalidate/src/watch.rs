@@ -191,18 +191,17 @@ impl Space {
                 }
             }
         }
-        // Registering passes over holes in silence, and what somebody puts into a hole later is not watched. So each mapping is asked whether it
-        // is watched, and must be there still after that: if it was and is not any more, an event tells.
-        let seen = mappings(range)?;
-        let shard_of = |at| registered.iter().find(|(piece, _)| piece.contains(at)).map(|&(_, shard)| shard);
-        let is_watched = |mapping: &Mapping| {
-            let at = mapping.range.start();
-            let uffd = shard_of(at).and_then(|shard| inner.shards[shard].uffd.as_ref());
-            uffd.is_none_or(|uffd| uffd.watches(at))
+        // Registering passes over holes in silence, and what somebody puts into a hole later is not watched. So each piece is asked whether a watched
+        // mapping is there, and then each mapping must begin where was asked. A mapping is watched as a whole or not at all: the one that is seen
+        // is the one that was asked about, or has taken its place, which an event tells.
+        let is_watched = |&(piece, shard): &(HostRange, usize)| {
+            inner.shards[shard].uffd.as_ref().is_none_or(|uffd| uffd.watches(piece.start()))
         };
-        let all = seen.iter().all(is_watched);
+        let all = registered.iter().all(is_watched);
         watched.mappings = mappings(range)?;
-        if all && are_same(&watched.mappings, &seen) { Ok(watched) } else { Err(WatchError::Moving { range }) }
+        let was_asked =
+            |seen: &Mapping| known.binary_search_by_key(&seen.range.start(), |asked| asked.range.start()).is_ok();
+        if all && watched.mappings.iter().all(was_asked) { Ok(watched) } else { Err(WatchError::Moving { range }) }
     }
 
     /// Runs `f` while no page of the range is watched, for mappings that must not inherit a watch. Every target over the range is invalidated,
@@ -258,12 +257,6 @@ impl Space {
         }
         Ok(())
     }
-}
-
-/// Whether the range shows the same memory in both lists. How far the mappings reach beyond it changes with what lies there.
-fn are_same(a: &[Mapping], b: &[Mapping]) -> bool {
-    let same = |(a, b): (&Mapping, &Mapping)| *a == Mapping { whole: a.whole, ..b.clone() };
-    a.len() == b.len() && a.iter().zip(b).all(same)
 }
 
 fn no_hold(backing: Backing) -> Option<NoHoldReason> {
@@ -333,7 +326,7 @@ impl Inner {
             let this = &self.shards[shard];
             let Some(uffd) = &this.uffd else { return Err(Refusal::Never(ManualReason::NoUserfaultfd)) };
             // In this order: discards told by now, none of them still in its wait, the lock.
-            let (removes, settled) = (this.removes(), !uffd.is_busy());
+            let (removes, settled) = (this.removes(), uffd.is_settled());
             let Err(source) = uffd.register(piece) else {
                 if settled {
                     ledger.fenced[shard] = ledger.fenced[shard].max(removes);

@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use pinfold_invalidate::{
-    Change, Coverage, DirtyTracker, HostRange, Missing, Shards, Space, Taken, Target, any_present, missing, page_size,
+    Change, Coverage, DirtyTracker, HostRange, Missing, Shards, Space, Taken, Target, any_present, is_all_there,
+    missing, page_size,
 };
 
 /// Pages of this test's own.
@@ -408,6 +409,12 @@ fn what_is_missing_is_found_with_few_others_whatever_the_pattern() {
                 _ => pages.write(page),
             }
         }
+        for _ in 0..20 {
+            let first = usize::try_from(below(600)).unwrap();
+            let count = 1 + usize::try_from(below(8)).unwrap().min(599 - first);
+            let all = sorts[first..first + count].iter().all(|sort| *sort == 2);
+            assert_eq!(is_all_there(pages.part(first, count)), all, "{count} from {first}, {round}");
+        }
         for (what, least) in [(Missing::Absent, 1), (Missing::Zero, 2)] {
             let mut shown = Vec::new();
             missing(pages.0, what, |part| {
@@ -429,4 +436,12 @@ fn what_is_missing_is_found_with_few_others_whatever_the_pattern() {
     }
     let stopped = missing(Pages::anonymous(3).0, Missing::Absent, |part| Err(part.pages()));
     assert_eq!(stopped, Err(3));
+
+    let pages = Pages::anonymous(3);
+    (0..3).for_each(|page| pages.write(page));
+    assert!(is_all_there(pages.0));
+    // SAFETY: the pages are the test's own, and no reference to them exists. Another page of zeros there is as good as none.
+    unsafe { libc::munmap(pages.at(1).cast(), page_size()) };
+    assert!(!is_all_there(pages.part(1, 1)) && !is_all_there(pages.0));
+    std::mem::forget(pages); // what another thread may have put into the hole is not ours to unmap
 }

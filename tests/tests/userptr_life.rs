@@ -18,6 +18,7 @@ use pinfold_core::watch::{
     FilterEntry, Note, NoteCause, NotePath, NoteState, TYPE_USERPTR, UserptrEvent, UserptrNote, WatchConfig, WatchQueue,
 };
 use pinfold_core::{Access, Coverage, DeviceError, Error, Lease, Outcome, Path, State, SubmitError, Userptr};
+use pinfold_invalidate::page_size;
 use pinfold_tests::PATIENCE;
 use pinfold_tests::fake::{Answer, Call, FakeDevice};
 use pinfold_tests::fence::Fence;
@@ -483,6 +484,34 @@ fn work_can_be_awaited_and_waited_for_only_so_long() {
         fence.signal(Outcome::Done);
         assert_eq!(task.join().unwrap(), Outcome::Done);
     });
+}
+
+#[test]
+fn who_waits_for_one_object_takes_it_and_several_go_to_workers() {
+    let _alone = alone();
+    let mut config = patient();
+    config.inline_limit = page_size();
+    let rig = Fake::with(config);
+    let regions = [2, 3, 65].map(anonymous);
+    let [one, other, large] = [0, 1, 2].map(|n: usize| register(&rig.manager, regions[n].range()));
+    let taken = || {
+        let stats = rig.manager.stats();
+        (stats.acquired_inline, stats.acquired_by_worker)
+    };
+    drop(lease(&rig, &one));
+    assert_eq!(taken(), (1, 0));
+    drop(rig.manager.acquire_timeout(&[&one, &other, &one], PATIENCE).unwrap());
+    assert_eq!(taken(), (2, 0), "the only one that isn't valid");
+    drop(lease(&rig, &large));
+    assert_eq!(taken(), (2, 1), "more than 64 times the limit");
+    rig.manager.invalidate(one.range()).unwrap();
+    let _ = rig.manager.acquire(&[&one]); // may find it done already
+    drop(lease(&rig, &one));
+    assert_eq!(taken(), (2, 2), "who doesn't wait");
+    [&one, &other].into_iter().for_each(|object| rig.manager.invalidate(object.range()).unwrap());
+    drop(rig.manager.acquire_timeout(&[&one, &other], PATIENCE).unwrap());
+    // Side by side; but where a worker is done with the first before the second is looked at, that one is the only one.
+    assert!(matches!(taken(), (2, 4) | (3, 3)), "{:?}", taken());
 }
 
 #[test]

@@ -46,27 +46,38 @@ static MAPS: ProcFile = ProcFile::new("/proc/self/maps");
 
 /// The first mapping that ends above `at`.
 pub(super) fn covering_or_next(at: usize) -> io::Result<Option<Raw>> {
-    let mut name = [0_u8; libc::PATH_MAX as usize];
+    let is_too_long = |answer: &io::Result<_>| {
+        answer.as_ref().is_err_and(|err: &io::Error| err.raw_os_error() == Some(libc::ENAMETOOLONG))
+    };
+    // Few names are longer than this, and room has to be cleared.
+    let mut answer = named::<128>(at);
+    if is_too_long(&answer) {
+        answer = named::<{ libc::PATH_MAX as usize }>(at);
+    }
+    if is_too_long(&answer) {
+        // A path longer than any path may be: known to be a file, and told without its name.
+        answer = named::<0>(at);
+    }
+    answer
+}
+
+/// As [`covering_or_next`], with room for a name of so many bytes; 0: without the name.
+fn named<const ROOM: usize>(at: usize) -> io::Result<Option<Raw>> {
+    let mut name = [0_u8; ROOM];
     let mut query = ProcmapQuery {
         size: size_of::<ProcmapQuery>() as u64,
         query_flags: COVERING_OR_NEXT_VMA,
         query_addr: at as u64,
-        vma_name_size: name.len() as u32,
-        vma_name_addr: name.as_mut_ptr().expose_provenance() as u64,
+        vma_name_size: ROOM as u32,
+        vma_name_addr: if ROOM == 0 { 0 } else { name.as_mut_ptr().expose_provenance() as u64 },
         ..Default::default()
     };
-    let mut answer = MAPS.ask(|maps| ask(maps, &mut query));
-    if answer.as_ref().is_err_and(|err| err.raw_os_error() == Some(libc::ENAMETOOLONG)) {
-        // A path longer than any path may be: known to be a file, and told without its name.
-        query = ProcmapQuery { vma_name_size: 0, vma_name_addr: 0, ..query };
-        answer = MAPS.ask(|maps| ask(maps, &mut query));
-    }
-    match answer {
+    match MAPS.ask(|maps| ask(maps, &mut query)) {
         Err(err) if err.raw_os_error() == Some(libc::ENOENT) => return Ok(None),
         answer => answer?,
     }
     // The size that comes back counts the terminating zero.
-    let name = &name[..(query.vma_name_size as usize).saturating_sub(1).min(name.len())];
+    let name = &name[..(query.vma_name_size as usize).saturating_sub(1).min(ROOM)];
     Ok(Some(raw(&query, OsStr::from_bytes(name))))
 }
 
