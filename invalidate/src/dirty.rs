@@ -136,13 +136,15 @@ impl DirtyTracker {
     }
 
     fn scan(&self, out: &mut Vec<HostRange>) -> io::Result<()> {
-        let had = out.len();
-        let flags = WP_MATCHING | CHECK_WPASYNC;
-        collect(self.range, Wanted { flags, all: WRITTEN, ..Wanted::default() }, out)?;
         // A protected page that was never touched has a marker in the page table. Where there is not even that, a huge page
-        // or a whole page table was discarded, which kernels before 2026 don't tell as written.
-        let gone = PRESENT | SWAPPED;
-        collect(self.range, Wanted { flags, inverted: gone, all: gone, ..Wanted::default() }, out)?;
+        // or a whole page table was discarded, which kernels before 2026 don't tell as written. To ask for what is absent in
+        // the same walk costs half as much as a second one, and tells protected pages that are swapped out, too.
+        let flags = WP_MATCHING | CHECK_WPASYNC;
+        let want = Wanted { flags, inverted: PRESENT, any: WRITTEN | PRESENT, told: SWAPPED, ..Wanted::default() };
+        let is_told =
+            |region: &PageRegion| region.categories & WRITTEN != 0 || region.categories & (PRESENT | SWAPPED) == 0;
+        let had = out.len();
+        collect(self.range, want, is_told, out)?;
         merge(out, had);
         Ok(())
     }
@@ -163,15 +165,21 @@ fn protect(range: HostRange) -> io::Result<()> {
 
 /// Adds to `out`, in address order, the parts of the range that are protected or absent.
 pub(crate) fn protected(range: HostRange, out: &mut Vec<HostRange>) -> io::Result<()> {
-    collect(range, Wanted { inverted: WRITTEN, all: WRITTEN, ..Wanted::default() }, out)
+    collect(range, Wanted { inverted: WRITTEN, all: WRITTEN, ..Wanted::default() }, |_| true, out)
 }
 
-fn collect(range: HostRange, want: Wanted, out: &mut Vec<HostRange>) -> io::Result<()> {
+fn collect(
+    range: HostRange,
+    want: Wanted,
+    is_told: impl Fn(&PageRegion) -> bool,
+    out: &mut Vec<HostRange>,
+) -> io::Result<()> {
     let (mut at, end) = (range.start() as u64, range.end() as u64);
     let mut regions = [PageRegion::default(); REGIONS];
     while at < end {
         let (found, stopped) = scan(at, end, want, &mut regions)?;
-        out.extend(regions[..found].iter().filter_map(|region| HostRange::from_bounds(region.start, region.end)));
+        let told = regions[..found].iter().filter(|region| is_told(region));
+        out.extend(told.filter_map(|region| HostRange::from_bounds(region.start, region.end)));
         if stopped <= at {
             return Err(io::ErrorKind::InvalidData.into()); // a walk that stands still would never end
         }
