@@ -173,7 +173,7 @@ impl<D: Device> Lease<D> {
         };
         // Counted first: the manager's end either waits for this submit, or is seen by it.
         let underway = Underway::begin(engine);
-        let engine = &*underway.0;
+        let engine = underway.engine();
         engine.check().map_err(SubmitError::Gone)?;
         if in_bracket() {
             return Err(SubmitError::Gone(Error::Nested));
@@ -355,22 +355,37 @@ pub(crate) struct Flight<D: Device> {
     /// Why results are not in the program's memory.
     fault: OnceLock<DeviceError>,
     rest: Mutex<Rest<D>>,
-    engine: Arc<Engine<D>>,
+    underway: Underway<D>,
 }
 
-/// A submit that the manager's end waits for.
-struct Underway<D: Device>(Arc<Engine<D>>);
+/// A submit that the manager's end waits for, until it is [over](Self::over), or this is dropped.
+struct Underway<D: Device> {
+    engine: Arc<Engine<D>>,
+    is_over: AtomicBool,
+}
 
 impl<D: Device> Underway<D> {
     fn begin(engine: Arc<Engine<D>>) -> Self {
         engine.flights.add(0);
-        Self(engine)
+        Self { engine, is_over: AtomicBool::new(false) }
+    }
+
+    fn engine(&self) -> &Arc<Engine<D>> {
+        &self.engine
+    }
+
+    /// Called once. Whoever keeps this keeps the engine, and waits for nothing.
+    fn over(&self) {
+        self.is_over.store(true, Ordering::Relaxed); // read by drop, which has it alone
+        self.engine.flights.sub(0);
     }
 }
 
 impl<D: Device> Drop for Underway<D> {
     fn drop(&mut self) {
-        self.0.flights.sub(0);
+        if !*self.is_over.get_mut() {
+            self.over();
+        }
     }
 }
 
@@ -379,7 +394,6 @@ struct Rest<D: Device> {
     held: Vec<Held<D>>,
     outcome: Option<Outcome>,
     wakers: Vec<Waker>,
-    underway: Option<Underway<D>>,
 }
 
 impl<D: Device> Flight<D> {
@@ -390,10 +404,10 @@ impl<D: Device> Flight<D> {
         writes: Writes<D>,
         signals: impl IntoIterator<Item: Into<D::Signal>>,
     ) -> Pending<D> {
-        let engine = Arc::clone(&underway.0);
+        let engine = underway.engine();
         held.iter().for_each(|held| engine.note(&held.handle.object, What::Submitted));
         engine.counters.submits.fetch_add(1, Ordering::Relaxed);
-        let rest = Rest { held, outcome: None, wakers: Vec::new(), underway: Some(underway) };
+        let rest = Rest { held, outcome: None, wakers: Vec::new() };
         let flight = Arc::new(Self {
             uses,
             left: AtomicU32::new(1), // ours, until every signal is followed
@@ -403,16 +417,20 @@ impl<D: Device> Flight<D> {
             writes: (!writes.0.is_empty()).then(|| Mutex::new(writes)),
             fault: OnceLock::new(),
             rest: Mutex::new(rest),
-            engine,
+            underway,
         });
         for signal in signals {
             flight.left.fetch_add(1, Ordering::Relaxed);
-            flight.engine.device().follow(signal.into(), Ticket::new(Arc::clone(&flight) as Arc<dyn Retire>));
+            flight.engine().device().follow(signal.into(), Ticket::new(Arc::clone(&flight) as Arc<dyn Retire>));
         }
         if flight.signal_one(Outcome::Done) {
             flight.finish();
         }
         Pending { flight: Some(flight) }
+    }
+
+    fn engine(&self) -> &Arc<Engine<D>> {
+        self.underway.engine()
     }
 
     fn writes(&self) -> Option<MutexGuard<'_, Writes<D>>> {
@@ -435,20 +453,20 @@ impl<D: Device> Retire for Flight<D> {
         }
         if !self.lost.load(Ordering::Relaxed)
             && let Some(writes) = self.writes()
-            && let Err(fault) = writes.bring_back(&self.engine)
+            && let Err(fault) = writes.bring_back(self.engine())
         {
             let _ = self.fault.set(fault); // nobody else sets it
         }
-        self.late.store(self.uses.end(&*self.engine.space), Ordering::Relaxed);
+        self.late.store(self.uses.end(&*self.engine().space), Ordering::Relaxed);
         true
     }
 
     fn finish(&self) {
         let outcome = if self.lost.load(Ordering::Relaxed) { Outcome::Lost } else { Outcome::Done };
-        let (held, wakers, underway) = {
+        let (held, wakers) = {
             let mut rest = self.rest.lock().unwrap_or_else(PoisonError::into_inner);
             rest.outcome = Some(outcome);
-            (std::mem::take(&mut rest.held), std::mem::take(&mut rest.wakers), rest.underway.take())
+            (std::mem::take(&mut rest.held), std::mem::take(&mut rest.wakers))
         };
         if self.late.load(Ordering::Relaxed) {
             for held in &held {
@@ -456,21 +474,24 @@ impl<D: Device> Retire for Flight<D> {
                 held.handle.object.ended_late.store(held.noted.generation.0 + 1, Ordering::Relaxed);
             }
         }
-        let now = self.engine.counters.acquires.load(Ordering::Relaxed);
-        for held in &held {
-            held.handle.object.last_used.fetch_max(now, Ordering::Relaxed);
+        let now = self.engine().counters.acquires.load(Ordering::Relaxed);
+        for last_used in held.iter().map(|held| &held.handle.object.last_used) {
+            // Mostly nobody has acquired anything since, and a look is cheaper.
+            if last_used.load(Ordering::Relaxed) < now {
+                last_used.fetch_max(now, Ordering::Relaxed);
+            }
         }
         count(&held, Submit::IsOver);
         let writes = self.writes().map(|mut writes| Writes(std::mem::take(&mut writes.0)));
         if let Some(writes) = writes {
-            writes.forget(&self.engine);
+            writes.forget(self.engine());
         }
         drop(held);
-        drop(underway);
+        self.underway.over();
         self.over.bump();
         wakers.into_iter().for_each(Waker::wake);
-        if outcome == Outcome::Lost && self.engine.device().is_lost() {
-            self.engine.lose();
+        if outcome == Outcome::Lost && self.engine().device().is_lost() {
+            self.engine().lose();
         }
     }
 }

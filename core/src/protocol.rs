@@ -76,7 +76,8 @@ pub enum Refusal {
 #[derive(Debug, Clone)]
 pub struct Uses {
     shards: Shards,
-    eras: [Option<Era>; SHARDS],
+    /// Of those shards; the others' mean nothing.
+    eras: [Era; SHARDS],
 }
 
 /// Begins one use in every shard of the leases if all gates are open, all bytes told, and every word is the one its lease was taken at.
@@ -100,16 +101,18 @@ pub fn reserve<'a, G: Gates + ?Sized>(
         }
     }
     // Counted before the visits end: a closer that waits for us to leave finds the use.
-    let eras = std::array::from_fn(|shard| inside[shard].as_ref().map(Visit::begin));
-    Ok(Uses { shards, eras })
+    let mut uses = Uses { shards, eras: [Era::default(); SHARDS] };
+    for shard in shards.iter() {
+        uses.eras[shard] = inside[shard].as_ref().expect("each of its gates has been entered").begin();
+    }
+    Ok(uses)
 }
 
 impl Uses {
     /// Ends the uses. Called once. Returns whether a hold-off had given up on one of them.
     #[allow(clippy::must_use_candidate)]
     pub fn end<G: Gates + ?Sized>(&self, gates: &G) -> bool {
-        let end = |shard: usize| gates.gate(shard).end(self.eras[shard].expect("a use began in each of its shards"));
-        self.shards.iter().fold(false, |late, shard| end(shard) | late)
+        self.shards.iter().fold(false, |late, shard| gates.gate(shard).end(self.eras[shard]) | late)
     }
 }
 

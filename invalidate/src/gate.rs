@@ -37,7 +37,7 @@
 use std::time::Instant;
 
 use crate::HostRange;
-use crate::sync::{AtomicU32, AtomicU64, Futex, Ordering, fence};
+use crate::sync::{AtomicU32, AtomicU64, Futex, Ordering, fence, fence_after_rmw};
 
 /// Gate, users, uses and epoch of one shard. See the module's head for the protocol.
 #[derive(Debug, Default)]
@@ -62,7 +62,7 @@ pub struct Gate {
 const COUNT: u64 = 0xffff_ffff;
 
 /// The era a use began in; needed to end it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Era(u32);
 
 /// A visit of the gate: while it lasts, no closer goes past `users == 0`. Must be short: no driver call, no lock, no allocation.
@@ -90,7 +90,7 @@ impl Gate {
     pub fn try_enter_beside(&self) -> Option<Visit<'_>> {
         self.users.fetch_add(1, Ordering::Relaxed);
         let visit = Visit { gate: self }; // leaves on every path
-        fence(Ordering::SeqCst); // between our store to `users` and our load of `closed`; partner: `close`
+        fence_after_rmw(); // between our store to `users` and our load of `closed`; partner: `close`
         self.is_unheld().then_some(visit)
     }
 
@@ -289,8 +289,9 @@ impl Gate {
         }
     }
 
+    /// To be called right after the decrement.
     fn wake_closers(&self) {
-        fence(Ordering::SeqCst); // between our decrement and our load of `closed`; partner: `close`
+        fence_after_rmw(); // between our decrement and our load of `closed`; partner: `close`
         if self.closed.load(Ordering::Relaxed) != 0 {
             self.fell.bump();
         }
