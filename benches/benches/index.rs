@@ -449,6 +449,6 @@ fn main() {
     giant::<Longest>(&mut c, &load);
     leaf(&mut c);
     c.final_summary();
-    // Last, as every thread that has once loaded from an arc-swap makes all later changes dearer.
+    // Last, as a change looks at a record of every thread that has ever read.
     together(&plain);
 }

@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags};
 
 use crate::fault::{self, Call};
+use crate::index::holds::forget_others;
 use crate::page_size;
 use crate::space::{FORK_HANDLERS, Inner, Shards, lock_current};
 
@@ -136,6 +137,7 @@ extern "C" fn parent() {
 }
 
 extern "C" fn child() {
+    forget_others();
     with_active(|inner| {
         inner.close_descriptors();
         // Open, so that a call that overlooks the mark meets no closed gate either: it would wait for an opener that doesn't exist here.

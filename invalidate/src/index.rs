@@ -2,16 +2,13 @@
 //! allocate, free nor wait, while others insert and remove.
 //!
 //! So readers never meet writers. The content is a tree of small immutable nodes; a change copies the nodes on one path
-//! and publishes a new root through an [`ArcSwap`]. A reader looks at the root that it loaded, whole and unchanging,
-//! however long its visit takes. Every level knows the highest end below it, so that one giant range costs two more nodes
+//! and publishes a new root by one store. A reader looks at the root that it loaded, whole and unchanging, however long
+//! its visit takes. Every level knows the highest end below it, so that one giant range costs two more nodes
 //! on the way and not a scan.
 //!
 //! Laws:
-//! - **A reader frees nothing.** A replaced root goes to the *graves*, which hold a reference of their own, and leaves them
-//!   only when that is the only one. A root's count can't rise from one again: when [`ArcSwap::swap`] returns, each
-//!   reader of the old root either owns a reference that is counted (the swap paid its debt) or has let go; a reader only
-//!   raises a count while it owns part of it; and nobody can load the old root any more. So while a reader drops its
-//!   reference, the graves' is still there, or, before the swap returns, the one that the swap is about to hand back.
+//! - **A reader frees nothing.** It writes down which root it reads (`holds.rs`), and nobody else. A replaced root goes to
+//!   the *graves*, where later changes ask whether it is still read; when it is not, it never will be again.
 //! - **Nodes live as long as any root that reaches them.** A node that the change from root *n* to *n + 1* replaced is
 //!   reachable from roots up to *n*. Graves are closed oldest first, and take along the nodes that left with them.
 //! - **Nothing is allocated, freed or called under the writers' lock**, as freeing may unmap memory, which may wait for
@@ -23,21 +20,20 @@
 //! as fast to ask (34 ns to 32), but takes 4 times as long to change (980 ns to 240), as it copies three vectors and counts
 //! every value, and it allocates where nothing may. It is an oracle in the tests and a rival in the bench.
 
+pub(crate) mod holds;
 mod node;
 mod stock;
 mod tree;
 
-use std::cell::Cell;
 use std::collections::VecDeque;
 use std::fmt;
-use std::marker::PhantomData;
 use std::mem::ManuallyDrop;
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use arc_swap::{ArcSwap, ArcSwapOption};
-
 use crate::HostRange;
+use crate::sync::{AtomicPtr, AtomicUsize, Ordering, fence};
+use holds::{hold, records};
 pub(crate) use node::Key;
 use node::{Item, Link, Node};
 use stock::{List, Stock};
@@ -68,15 +64,11 @@ impl<T> Copy for Entry<'_, T> {}
 /// as it was at one moment: an entry whose removal returned before the visit began isn't seen, one whose removal returns
 /// during the visit may be.
 pub struct Index<T> {
-    /// Written by `publish`, under `writer`'s lock.
-    current: ArcSwap<Root<T>>,
+    /// The newest tree, packed. Written by `change`, under `writer`'s lock.
+    current: AtomicPtr<Node>,
+    /// Entries. Written by `change`, likewise.
+    len: AtomicUsize,
     writer: Mutex<Writer<T>>,
-}
-
-/// What readers load: one version of the tree. Its nodes and values belong to the index.
-struct Root<T> {
-    tree: Tree,
-    values: PhantomData<Arc<T>>,
 }
 
 /// What only writers use, under their lock.
@@ -90,7 +82,7 @@ struct Writer<T> {
 
 /// A root that was replaced, and what the change that replaced it took out of the tree.
 struct Grave<T> {
-    root: Arc<Root<T>>,
+    root: *const Node,
     nodes: List,
     _value: Option<Arc<T>>,
 }
@@ -107,21 +99,16 @@ const BURIED_AT_ONCE: usize = 4;
 /// Nodes that are kept for later changes: enough for one of a tree of seven levels, which no address space can fill.
 const SPARE: usize = 32;
 
-// SAFETY: a root gives `&Arc<T>` to the thread that it is shared with or sent to, as an `Arc<T>` would; its nodes are
-// only read, or belong to one writer at a time.
-unsafe impl<T: Send + Sync> Send for Root<T> {}
-// SAFETY: as for `Send`.
-unsafe impl<T: Send + Sync> Sync for Root<T> {}
-// SAFETY: the lists hold nodes that belong to whoever holds the writer; the rest is Send by itself.
+// SAFETY: tree, graves and lists have nodes that are only read, or belong to whoever holds the writer, and link to values that
+// are an `Arc<T>` each; the rest is Send by itself. So is the index Sync by it, which shows `&Arc<T>` to any thread.
 unsafe impl<T: Send + Sync> Send for Writer<T> {}
 
 impl<T> Index<T> {
     /// An index of nothing.
     #[must_use]
     pub fn new() -> Self {
-        let root = Root { tree: Tree::EMPTY, values: PhantomData };
         let writer = Writer { tree: Tree::EMPTY, graves: VecDeque::new(), spare: List::new() };
-        Self { current: ArcSwap::from_pointee(root), writer: Mutex::new(writer) }
+        Self { current: AtomicPtr::new(Tree::EMPTY.pack()), len: AtomicUsize::new(0), writer: Mutex::new(writer) }
     }
 
     /// Adds a range. Ranges may overlap and repeat; an entry is known by the first address of its range and its id, and
@@ -130,18 +117,19 @@ impl<T> Index<T> {
         let link = Arc::into_raw(value).cast();
         let item = Item { low: range.start(), high: range.end(), id, link };
         // SAFETY: `change` hands over the newest tree, which it keeps alive, and a stock with room.
-        self.change(|tree, stock| Some(unsafe { tree.insert(stock, item) }))
+        self.change(|tree, stock| Some(unsafe { tree.insert(stock, item) }), 1)
     }
 
     /// Takes out the entry of exactly this range and id. `None` if there is none.
     ///
     /// A visit that is under way may still show it; its value lives until then.
     pub fn remove(&self, range: HostRange, id: u64) -> Option<Arc<T>> {
-        self.change(|tree, stock| {
+        let take_out = |tree: Tree, stock: &mut Stock| {
             // SAFETY: as in `insert`.
             let (tree, link) = unsafe { tree.remove(stock, range.start(), range.end(), id) }?;
             Some((tree, Some(link)))
-        })
+        };
+        self.change(take_out, 0)
     }
 
     /// Shows every entry that overlaps `range`, in the order of first addresses, then of ids.
@@ -197,7 +185,7 @@ impl<T> Index<T> {
     /// The number of entries.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.current.load().tree.len()
+        self.len.load(Ordering::Relaxed)
     }
 
     /// Whether there are no entries.
@@ -239,21 +227,24 @@ impl<T> Index<T> {
         seen: &mut impl FnMut(),
         mut visit: impl FnMut(Entry<'_, T>) -> ControlFlow<()>,
     ) -> ControlFlow<()> {
-        let root = self.current.load();
+        let held = hold(&self.current);
         let mut hit = |item: Item| {
             // SAFETY: a leaf links to what `Arc::into_raw` gave, and the index keeps it while the root is held. It is
             // borrowed for the callback and not dropped.
             let value = ManuallyDrop::new(unsafe { Arc::from_raw(item.link.cast::<T>()) });
             visit(Entry { range: HostRange::from_known(item.low, item.high), id: item.id, value: &value })
         };
-        // SAFETY: `root` is held during the call, and so are the nodes that it reaches.
-        unsafe { root.tree.visit(low, high, seen, &mut hit) }
+        // SAFETY: the root is held during the call, and so are the nodes that it reaches.
+        unsafe { Tree::unpack(held.root).visit(low, high, seen, &mut hit) }
     }
 
     /// Publishes what `edit` makes of the newest tree, and returns the value that left the tree. Nothing is published if it
-    /// makes `None`, which must leave the stock as it was.
-    fn change(&self, edit: impl FnOnce(Tree, &mut Stock) -> Option<(Tree, Option<Link>)>) -> Option<Arc<T>> {
-        let mut next = Arc::new(Root { tree: Tree::EMPTY, values: PhantomData });
+    /// makes `None`, which must leave the stock as it was. `more` entries have come, beside the one that left.
+    fn change(
+        &self,
+        edit: impl FnOnce(Tree, &mut Stock) -> Option<(Tree, Option<Link>)>,
+        more: usize,
+    ) -> Option<Arc<T>> {
         let mut dead = Dead::new(); // before the lock, so that it dies after it
         let mut writer = self.lock_with_room();
 
@@ -261,9 +252,11 @@ impl<T> Index<T> {
         let edited = edit(writer.tree, &mut stock);
         writer.spare = stock.spare;
         let (tree, old) = edited?;
-        writer.tree = tree;
-        Arc::get_mut(&mut next).expect("a root is shared when it is published").tree = tree;
-        let root = self.current.swap(next);
+        let root = std::mem::replace(&mut writer.tree, tree).pack();
+        // Release: pairs with the Acquire in `hold`; who sees the root sees its nodes. And before `bury` looks who reads the old one.
+        self.current.store(tree.pack(), Ordering::Release);
+        let len = self.len.load(Ordering::Relaxed) + more - usize::from(old.is_some());
+        self.len.store(len, Ordering::Relaxed);
 
         // SAFETY: the link was made by `Arc::into_raw` in `insert`, and no tree from here on has it.
         let value = old.map(|link| unsafe { Arc::from_raw(link.cast::<T>()) });
@@ -315,9 +308,9 @@ impl<T> Index<T> {
 impl<T> Writer<T> {
     /// Moves to `dead`, as far as it has places, what the oldest graves hold and no reader can reach.
     fn bury(&mut self, dead: &mut Dead<T>) {
+        fence(Ordering::SeqCst); // between the replacing of the roots and our look at who reads them; partner: `hold`
         for place in &mut dead.graves {
-            // `get_mut` also pairs with the last reader's release, whose reads are over before its nodes are reused.
-            let unread = self.graves.front_mut().is_some_and(|grave| Arc::get_mut(&mut grave.root).is_some());
+            let unread = self.graves.front().is_some_and(|grave| !records().is_held(grave.root.addr()));
             let Some(mut grave) = unread.then(|| self.graves.pop_front()).flatten() else { return };
             while let Some(node) = grave.nodes.pop() {
                 let list = if self.spare.len() < SPARE { &mut self.spare } else { &mut dead.nodes };
@@ -373,14 +366,10 @@ impl<T> fmt::Debug for Index<T> {
     }
 }
 
-/// Makes this thread's later visits of any index free of allocation: [`ArcSwap`] makes a record per thread at the thread's
-/// first load, and the C library one for the destructor that gives it back.
+/// Makes this thread's later visits of any index free of allocation: the first one makes a record for the thread, and the C
+/// library one for the destructor that gives it back.
 pub fn warm_up_thread() {
-    static ANY: ArcSwapOption<()> = ArcSwapOption::const_empty();
-    thread_local!(static IS_WARM: Cell<bool> = const { Cell::new(false) });
-    if !IS_WARM.replace(true) {
-        drop(ANY.load());
-    }
+    holds::warm_up();
 }
 
 #[cfg(all(test, not(loom)))]

@@ -71,10 +71,12 @@ impl Node {
         self.len
     }
 
+    #[inline]
     pub(super) fn item(&self, at: usize) -> Item {
         Item { low: self.lows[at], high: self.highs[at], id: self.ids[at], link: self.links[at] }
     }
 
+    #[inline]
     pub(super) fn link(&self, at: usize) -> Link {
         self.links[at]
     }
@@ -103,6 +105,7 @@ impl Node {
     }
 
     /// The places of the items that overlap `low..high`, in order.
+    #[inline]
     pub(super) fn overlapping(&self, low: usize, high: usize) -> impl Iterator<Item = usize> {
         // What begins at `low - longest` or earlier doesn't reach `low`. What is free begins at the end of everything.
         let first = low.checked_sub(self.longest).map_or(0, |reached| self.count(|start| start <= reached));
@@ -113,6 +116,7 @@ impl Node {
     ///
     /// The last address of each cache line is compared first, all at once: in a node that isn't in the cache, a binary
     /// search would wait for one line after the other.
+    #[inline]
     fn count(&self, below: impl Fn(usize) -> bool) -> usize {
         let holds = |at: usize| usize::from(below(self.lows[at]));
         let mut at = LINE * (1..WIDTH / LINE).map(|line| holds(LINE * line - 1)).sum::<usize>();

@@ -48,9 +48,11 @@ fn overlapping(index: &Index<u32>, range: HostRange) -> Vec<Told> {
 
 /// Checks the tree's own laws and returns its height.
 fn check<T>(index: &Index<T>) -> usize {
-    let root = index.current.load();
+    let held = holds::hold(&index.current);
     // SAFETY: the root is held, and with it its nodes.
-    unsafe { root.tree.check() }
+    let (height, len) = unsafe { Tree::unpack(held.root).check() };
+    assert_eq!(len, index.len());
+    height
 }
 
 /// Numbers that look random and are the same in every run.

@@ -14,6 +14,10 @@ use std::ptr;
 use super::node::{Item, Key, Link, MAX_HEIGHT, Node, WIDTH};
 use super::stock::{List, Stock};
 
+/// The bits of a packed tree that are its height.
+const MAX_HEIGHT_BITS: usize = align_of::<Node>() - 1;
+const _: () = assert!(MAX_HEIGHT <= MAX_HEIGHT_BITS);
+
 /// One version of the content.
 ///
 /// # Invariants
@@ -23,7 +27,6 @@ pub(super) struct Tree {
     root: *const Node,
     /// Levels, leaves included.
     height: usize,
-    len: usize,
 }
 
 /// The one or two items that a change leaves in place of others; none if nothing is left.
@@ -50,10 +53,17 @@ struct Path([(*const Node, usize); MAX_HEIGHT]);
 
 impl Tree {
     /// The tree of nothing.
-    pub(super) const EMPTY: Self = Self { root: ptr::null(), height: 0, len: 0 };
+    pub(super) const EMPTY: Self = Self { root: ptr::null(), height: 0 };
 
-    pub(super) fn len(&self) -> usize {
-        self.len
+    /// The tree as one word, to be published: the height stands in the bits of the root's address that its alignment leaves.
+    pub(super) fn pack(self) -> *mut Node {
+        self.root.cast_mut().map_addr(|root| root | self.height)
+    }
+
+    /// The tree that was packed into this word.
+    #[inline]
+    pub(super) fn unpack(word: *const Node) -> Self {
+        Self { root: word.map_addr(|word| word & !MAX_HEIGHT_BITS), height: word.addr() & MAX_HEIGHT_BITS }
     }
 
     /// The most spare nodes that one change of this tree takes: two per level where it splits, two more where these share
@@ -91,7 +101,7 @@ impl Tree {
             let into = unsafe { &mut *root };
             into.clear();
             into.push(item);
-            return (Self { root, height: 1, len: 1 }, None);
+            return (Self { root, height: 1 }, None);
         }
         // SAFETY: the nodes are alive.
         let (mut path, place) = unsafe { self.descend((item.low, item.id)) };
@@ -99,10 +109,8 @@ impl Tree {
         leaf.1 = at;
         // SAFETY: the nodes are alive.
         let old = place.ok().map(|at| unsafe { &*leaf.0 }.link(at));
-        let len = self.len + usize::from(old.is_none());
         // SAFETY: passed on; the path was just taken from this tree.
-        let tree = unsafe { self.rewrite(stock, &mut path, usize::from(old.is_some()), Few::one(item)) };
-        (Self { len, ..tree }, old)
+        (unsafe { self.rewrite(stock, &mut path, usize::from(old.is_some()), Few::one(item)) }, old)
     }
 
     /// The tree without the entry of exactly these bounds and id, and that entry's link; `None` if there is none.
@@ -123,8 +131,7 @@ impl Tree {
             return None;
         }
         // SAFETY: passed on; the path was just taken from this tree.
-        let tree = unsafe { self.rewrite(stock, &mut path, 1, Few::NONE) };
-        Some((Self { len: self.len - 1, ..tree }, old.link))
+        Some((unsafe { self.rewrite(stock, &mut path, 1, Few::NONE) }, old.link))
     }
 
     /// The path to the leaf where `key` is (`Ok`) or would be (`Err`), whose own place is left open.
@@ -146,7 +153,7 @@ impl Tree {
     }
 
     /// Puts `new` in the place of `gone` items at the end of `path`, and what that makes of each node in its parent's
-    /// place, up to the root. `len` is left to the caller.
+    /// place, up to the root.
     ///
     /// # Safety
     /// As [`insert`](Self::insert), and `path` leads from the root to a leaf.
@@ -193,7 +200,7 @@ impl Tree {
             // SAFETY: alive by the contract.
             let node = unsafe { &*root };
             if height == 1 || node.len() > 1 {
-                return Self { root, height, len: self.len };
+                return Self { root, height };
             }
             // SAFETY: it is reachable from `new` and is left out of the tree here.
             unsafe { stock.replace(root) };
@@ -217,7 +224,7 @@ impl Tree {
                 entry(link);
             } else {
                 // SAFETY: children are alive, nobody else's, and reached once.
-                unsafe { Self { root: link.cast(), height: self.height - 1, len: 0 }.take_apart(nodes, entry) };
+                unsafe { Self { root: link.cast(), height: self.height - 1 }.take_apart(nodes, entry) };
             }
         }
         // SAFETY: it is alive and, as part of a tree, in no list.
@@ -337,11 +344,11 @@ unsafe fn share(stock: &mut Stock, parent: &mut (*const Node, usize), new: Few) 
 
 #[cfg(all(test, not(loom)))]
 impl Tree {
-    /// Checks what is said of trees and nodes, and returns the number of levels.
+    /// Checks what is said of trees and nodes, and returns the number of levels and of entries.
     ///
     /// # Safety
     /// As [`visit`](Self::visit).
-    pub(super) unsafe fn check(&self) -> usize {
+    pub(super) unsafe fn check(&self) -> (usize, usize) {
         fn below(node: &Node, height: usize) -> (usize, Item) {
             let items: Vec<_> = (0..node.len()).map(|at| node.item(at)).collect();
             assert!(!items.is_empty() && items.len() <= WIDTH, "a node has {} items", items.len());
@@ -360,11 +367,8 @@ impl Tree {
             assert_eq!(summary.high, items.iter().map(|item| item.high).max().expect("not empty"));
             (len, summary)
         }
-        if self.height > 0 {
-            // SAFETY: alive by the contract.
-            let (len, _) = below(unsafe { &*self.root }, self.height);
-            assert_eq!(len, self.len);
-        }
-        self.height
+        // SAFETY: null, or alive by the contract.
+        let root = unsafe { self.root.as_ref() };
+        (self.height, root.map_or(0, |root| below(root, self.height).0))
     }
 }

@@ -70,7 +70,7 @@ struct Cli {
     from: Vec<PathBuf>,
 }
 
-/// The groups, in the order in which they run. The index is first because a change of it costs more with each thread that has used an arc-swap, and
+/// The groups, in the order in which they run. The index is first because a change of it looks at a record of each thread that has read one, and
 /// everything that makes such threads comes later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Which {

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use pinfold_invalidate::Space;
 use pinfold_vulkan::{Access, Config, Manager, Userptr, page_size};
 
 use crate::clock::{microseconds, wall};
@@ -151,6 +152,22 @@ pub(crate) fn run(session: &mut Session, card: &Card) -> Result<()> {
     many(session, card, &manager)
 }
 
+/// Waits until the index has none of the sample before: workers take them out, and whoever registers meanwhile waits for them.
+fn wait_for_nobody_over(memory: &Memory) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let mut left = 0;
+        if let Some(space) = Space::current() {
+            space.visit(memory.range(), |_, _, _| left += 1);
+        }
+        if left == 0 {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "{left} dropped objects are still there after {PATIENCE:?}");
+        std::thread::sleep(Duration::from_micros(50));
+    }
+}
+
 /// Registering, finding, and acquiring among ever more objects.
 fn many(session: &mut Session, card: &Card, manager: &Manager) -> Result<()> {
     let counts = session.mode.pick(vec![1, 100, 2_000], vec![1, 100, 10_000], vec![1, 100, 10_000, 100_000]);
@@ -164,6 +181,7 @@ fn many(session: &mut Session, card: &Card, manager: &Manager) -> Result<()> {
             .map(|index| unsafe { manager.register(others.part(index, page_size()), Access::Read) })
             .collect::<Result<_, _>>()?;
         let ours = || {
+            wait_for_nobody_over(&one)?;
             let mut kept = Vec::with_capacity(64);
             let mut failed = None;
             let time = wall(64, || match register(manager, &one, Access::Read) {

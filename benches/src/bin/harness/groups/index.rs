@@ -330,7 +330,7 @@ pub(crate) fn run(session: &mut Session) -> Result<()> {
     session.curve("find", "objects", "ns", asked)?;
     session.curve("remove and insert", "objects", "ns", changed)?;
 
-    // Last, as every thread that has once loaded from an arc-swap makes all later changes dearer.
+    // Last, as a change looks at a record of every thread that has ever read.
     together(session, &plain)?;
     readers(session, &plain)
 }
