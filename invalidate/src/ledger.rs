@@ -3,8 +3,8 @@
 //! The kernel knows too, but it has no way to ask, and unregistering pages that belong to somebody else's userfaultfd would end *their* watch
 //! on older kernels. So the ledger follows what happens to watched memory (moves take the watch along, unmapping ends it).
 //!
-//! It is also why watching an object in memory that is watched already asks the kernel nothing: every event that could have ended that watch
-//! is in the ledger before any target is told of it, and who is told begins anew.
+//! It is also why watching an object in memory that is watched already takes one question to the kernel and no change: every event that could
+//! have ended that watch is in the ledger before any target is told of it, and who is told begins anew.
 //!
 //! A piece takes 32 bytes in the map, about 50 with the map's own share; a mapping that is watched as a whole is one piece, however many
 //! objects lie in it.

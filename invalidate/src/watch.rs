@@ -12,6 +12,7 @@ use crate::maps::{Backing, Mapping, MapsError, mappings, page_size_of};
 use crate::room::max_map_count;
 use crate::space::{Inner, NO_HOLD, SHARDS, Shards, Space};
 use crate::span::run_around;
+use crate::uffd::Uffd;
 
 /// How much of a mapping is watched for the sake of a range that lies in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -74,7 +75,8 @@ pub struct Watched {
     pub shards: Shards,
     /// How well.
     pub coverage: Coverage,
-    /// The mappings as they were when the watch had begun. What changes from then on is noticed.
+    /// The mappings as they were when the watch had begun. What changes from then on is noticed. None if they were not asked for
+    /// ([`Space::watch`]).
     pub mappings: Vec<Mapping>,
 }
 
@@ -122,10 +124,11 @@ impl Space {
     /// # Errors
     /// [`WatchError`]; pages watched before remain so.
     pub fn watch(&self, range: HostRange) -> Result<Watched, WatchError> {
-        match self.already(range)? {
-            Some(watched) => Ok(watched),
-            None => self.watch_with(range, &mappings(range)?, WatchSpan::Exact),
-        }
+        let Some(shards) = self.covered(range).filter(|&shards| self.is_in_force(range, shards)) else {
+            let watched = self.watch_with(range, &mappings(range)?, WatchSpan::Exact)?;
+            return Ok(Watched { mappings: Vec::new(), ..watched });
+        };
+        Ok(Watched { shards, coverage: Coverage::Watched, mappings: Vec::new() })
     }
 
     /// As [`watch`](Self::watch), for a caller who has just asked for the [`mappings`] of the range and will compare them with
@@ -149,23 +152,43 @@ impl Space {
     }
 
     /// What there is to say of a range that is watched as it should be. `None`: something is to be done.
-    ///
-    /// The ledger is asked first and the kernel afterwards. An event that ended the watch and isn't in the ledger yet has not been told either:
-    /// the range's targets will be, and begin anew. What ends a watch without an event (`shmdt`) the kernel's own answer shows.
     fn already(&self, range: HostRange) -> Result<Option<Watched>, WatchError> {
-        let inner = &*self.inner;
-        // A discard that has been told may still be under way. Taking the address space's lock waits for it; somebody must have done so since.
-        let fenced = |ledger: &Ledger, shard: usize| ledger.fenced[shard] == inner.shards[shard].removes();
-        let shards = {
-            let ledger = inner.ledger();
-            let shards = ledger.covered(range).filter(|shards| !shards.has(NO_HOLD));
-            shards.filter(|shards| shards.iter().all(|shard| fenced(&ledger, shard)))
-        };
-        let Some(shards) = shards else { return Ok(None) };
+        let Some(shards) = self.covered(range) else { return Ok(None) };
         let mappings = mappings(range)?;
-        let of = shards.iter().next().and_then(|shard| inner.shards[shard].uffd.as_ref());
-        let watched = of.is_some_and(|uffd| mappings.iter().all(|mapping| uffd.watches(mapping.range.start())));
+        let watched = self.are_in_force(&mappings, shards);
         Ok(watched.then_some(Watched { shards, coverage: Coverage::Watched, mappings }))
+    }
+
+    /// The shards that watch all of the range, as far as the ledger knows, if nothing of it may still be going on.
+    fn covered(&self, range: HostRange) -> Option<Shards> {
+        let ledger = self.inner.ledger();
+        let shards = ledger.covered(range).filter(|shards| !shards.has(NO_HOLD))?;
+        // A discard that has been told may still be under way. Taking the address space's lock waits for it; somebody must have done so since.
+        let is_fenced = |shard: usize| ledger.fenced[shard] == self.inner.shards[shard].removes();
+        shards.iter().all(is_fenced).then_some(shards)
+    }
+
+    /// Whether the kernel watches what the ledger says it does. Asked behind the ledger: an event that ended the watch and isn't in the ledger yet
+    /// has not been told either, so the range's targets will be, and begin anew.
+    ///
+    /// The ledger's word alone is not enough. `shmdt`, `shmat` with `SHM_REMAP` and `remap_file_pages` end a watch without an event, and where a
+    /// mapping is watched as a whole they may do so to pages that nobody is over, so that nobody had to tell of it. One question is the least
+    /// there is: of a page, which is in one mapping, whether that is watched. A longer range may have got a hole, which only the list of
+    /// mappings shows.
+    fn is_in_force(&self, range: HostRange, shards: Shards) -> bool {
+        match range.pages() {
+            1 => self.uffd_of(shards).is_some_and(|uffd| uffd.watches(range.start())),
+            _ => mappings(range).is_ok_and(|mappings| self.are_in_force(&mappings, shards)),
+        }
+    }
+
+    fn are_in_force(&self, mappings: &[Mapping], shards: Shards) -> bool {
+        let is_watched = |uffd: &Uffd| mappings.iter().all(|mapping| uffd.watches(mapping.range.start()));
+        self.uffd_of(shards).is_some_and(is_watched)
+    }
+
+    fn uffd_of(&self, shards: Shards) -> Option<&Uffd> {
+        shards.iter().next().and_then(|shard| self.inner.shards[shard].uffd.as_ref())
     }
 
     fn watch_with(&self, range: HostRange, known: &[Mapping], span: WatchSpan) -> Result<Watched, WatchError> {

@@ -122,7 +122,7 @@ pub(crate) fn reason(group: &str, name: &str) -> Option<&'static str> {
         (
             "invalidate",
             "watch a page of watched memory",
-            "Each time the kernel is asked what is mapped there, before and after",
+            "A target is entered into the index, and the kernel is asked once whether the page is watched still, as some calls end a watch without an event",
         ),
         ("workqueue", "empty items", "Every item passes the pool's one lock twice"),
         (
