@@ -11,7 +11,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use pinfold_invalidate::{HostRange, page_size};
 
@@ -46,7 +46,13 @@ impl<D: Device> Userptr<D> {
         *object.policy.get_mut() = whole.policy() as u8;
         // Acquire: pairs with the export that clears it.
         *object.unwatched.get_mut() = whole.unwatched.load(Ordering::Acquire);
-        Ok(Self::first(object))
+        let part = Self::first(object);
+        // An export that came before it was in the index has cleared the whole's promise alone. Its fence pairs with this one.
+        fence(Ordering::SeqCst);
+        if !whole.unwatched.load(Ordering::Acquire) {
+            part.handle.object.unwatched.store(false, Ordering::Release);
+        }
+        Ok(part)
     }
 }
 

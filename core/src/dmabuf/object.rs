@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use pinfold_invalidate::{Cause, Coverage, HostRange, Mapping, mappings, page_size};
@@ -115,14 +115,23 @@ fn track<D: Device>(object: &Object<D>, mappings: &[Mapping]) -> Result<(), Erro
             DmaBufError::Untracked("its memory can't be watched on this kernel, or not this mapping of it").into()
         );
     }
-    // The whole that it is a part of, and the other parts, too: the receivers have promised nothing of any of them.
+    // The whole that it is a part of, and the other parts, too: the receivers have promised nothing of any of them. A part that is being made goes into the
+    // index with its whole's promise and then looks at it again: either the last of these visits meets it, or it sees what the one before did.
     let mut asked = false;
-    object.engine.space.visit(object.range, |_, _, target| {
-        if let Some(other) = Object::of(Arc::clone(target)).filter(|other| other.is_of(&object.engine)) {
-            // Release: pairs with the Acquire of the next acquisition, which watches again what is watched already.
-            asked |= other.unwatched.swap(false, Ordering::AcqRel);
+    loop {
+        let mut more = false;
+        fence(Ordering::SeqCst);
+        object.engine.space.visit(object.range, |_, _, target| {
+            if let Some(other) = Object::of(Arc::clone(target)).filter(|other| other.is_of(&object.engine)) {
+                // Release: pairs with the Acquire of the next acquisition, which watches again what is watched already.
+                more |= other.unwatched.swap(false, Ordering::AcqRel);
+            }
+        });
+        asked |= more;
+        if !more {
+            break;
         }
-    });
+    }
     if asked {
         // What they have now was taken unwatched, and its uses are counted in a shard that may be another.
         object.engine.space.invalidate(object.range, Cause::Manual)?;
