@@ -22,6 +22,7 @@ use pinfold_invalidate::{Backing, Cause, Coverage, ManualReason, Mapping, Shards
 
 use crate::discard::are_gone;
 use crate::dmabuf::Reserved;
+use crate::engine::On;
 use crate::notes::What;
 use crate::object::{Fault, Object, Pin, Slot};
 use crate::populate::{Presence, populate};
@@ -81,6 +82,10 @@ struct Learnt<D: Device> {
     rounds: u32,
     /// How many imports had been given back when the attempt began.
     returned: u64,
+    /// From the first time that there was no room.
+    short: Option<On<D>>,
+    /// Nobody has asked for it: who is short waits until it is done, and takes its pages then.
+    restore: Option<On<D>>,
 }
 
 impl<D: Device> Object<D> {
@@ -117,7 +122,15 @@ impl<D: Device> Object<D> {
         self.engine.loose.add(0);
         self.take_stale_pin().and_then(Arc::into_inner).map(Pin::release);
         self.engine.loose.sub(0);
-        let mut learnt = Learnt { shards: noted.shards, prepared: None, charge: None, rounds: 0, returned: 0 };
+        let mut learnt = Learnt {
+            shards: noted.shards,
+            prepared: None,
+            charge: None,
+            rounds: 0,
+            returned: 0,
+            short: None,
+            restore: self.is_restore(token).then(|| On::loose(&self.engine)),
+        };
         let (mut moved, mut anew) = (0, 0);
         loop {
             learnt.returned = self.engine.returned.load(Ordering::Relaxed);
@@ -204,7 +217,7 @@ impl<D: Device> Object<D> {
         refuse_special(&before)?;
         let Some(prepared) = self.prepare(&before, learnt)? else { return Ok(Attempt::Anew) };
         if learnt.charge.is_none() {
-            match self.engine.charge(self.range) {
+            match self.engine.charge(self.range, self.is_restore(token)) {
                 Ok(charge) => learnt.charge = Some(charge),
                 Err(error) => {
                     learnt.prepared = Some((prepared, before));
@@ -260,6 +273,8 @@ impl<D: Device> Object<D> {
         if learnt.rounds == ROUNDS || !self.engine.can_fit(self.range) || self.is_restore(token) {
             return false;
         }
+        learnt.restore = None; // somebody has asked meanwhile, and it waits for others now
+        learnt.short.get_or_insert_with(|| On::short(&self.engine));
         let short = needed.saturating_sub(available).max(1).saturating_mul(1 << learnt.rounds);
         learnt.rounds += 1;
         self.engine.make_room(short, self.last_used.load(Ordering::Relaxed), learnt.returned)
@@ -275,7 +290,7 @@ impl<D: Device> Object<D> {
     ) -> Result<Attempt, Error> {
         let charge = match learnt.charge.take() {
             Some(charge) => charge,
-            None => self.engine.charge(self.range)?,
+            None => self.engine.charge(self.range, self.is_restore(token))?,
         };
         let part = &reserved.part;
         let import = self.engine.device().import_dmabuf(&self.request(&[], false), part)?;

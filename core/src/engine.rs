@@ -42,8 +42,10 @@ pub(crate) struct Engine<D: Device> {
     pub(crate) objects: Level,
     /// Submits under way.
     pub(crate) flights: Level,
-    /// Threads that have taken a stale pin out of its slot, or what is dead out of the graveyard, and not yet let go of it.
+    /// Threads that have taken a stale pin out of its slot, or what is dead out of the graveyard, and not yet let go of it; and restores under way.
     pub(crate) loose: Level,
+    /// Acquisitions that somebody has asked for and that have found no room yet.
+    pub(crate) short: Level,
     pub(crate) graveyard: Graveyard<D>,
     pub(crate) victims: Victims<D>,
     /// Every so manieth submit is spoilt, if this is not 0.
@@ -136,6 +138,30 @@ impl Level {
     }
 }
 
+/// One thing more on a [`Level`], until dropped.
+pub(crate) struct On<D: Device>(Arc<Engine<D>>, fn(&Engine<D>) -> &Level);
+
+impl<D: Device> On<D> {
+    pub(crate) fn loose(engine: &Arc<Engine<D>>) -> Self {
+        Self::new(engine, |engine| &engine.loose)
+    }
+
+    pub(crate) fn short(engine: &Arc<Engine<D>>) -> Self {
+        Self::new(engine, |engine| &engine.short)
+    }
+
+    fn new(engine: &Arc<Engine<D>>, level: fn(&Engine<D>) -> &Level) -> Self {
+        level(engine).add(0);
+        Self(Arc::clone(engine), level)
+    }
+}
+
+impl<D: Device> Drop for On<D> {
+    fn drop(&mut self) {
+        (self.1)(&self.0).sub(0);
+    }
+}
+
 impl<D: Device> Engine<D> {
     pub(crate) fn new(device: D, config: Config) -> Result<Self, Error> {
         let space = Space::get(config.deadline)?;
@@ -157,6 +183,7 @@ impl<D: Device> Engine<D> {
             objects: Level::default(),
             flights: Level::default(),
             loose: Level::default(),
+            short: Level::default(),
             graveyard: Graveyard::default(),
             victims: Victims::default(),
             closing: AtomicBool::new(false),

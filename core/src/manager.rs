@@ -300,6 +300,7 @@ impl<D: Device> Manager<D> {
             imports: engine.pins.count(),
             pinned_bytes: engine.pins.bytes(),
             locked_bytes: engine.locked.bytes(),
+            short: engine.short.count(),
             in_flight: engine.flights.count(),
             acquires: get(&counters.acquires),
             acquired_inline: get(&counters.inline),
@@ -337,6 +338,8 @@ pub struct Stats {
     pub pinned_bytes: u64,
     /// Bytes that they count against `RLIMIT_MEMLOCK`, as the device tells.
     pub locked_bytes: u64,
+    /// Acquisitions that somebody has asked for and that have found no room yet.
+    pub short: u64,
     /// Submits under way.
     pub in_flight: u64,
     /// Calls of the acquire functions, with every try of those that wait.

@@ -3,7 +3,7 @@
 //! **Problem.** After an invalidation or an eviction the next acquire pays for taking the pages, in the middle of a frame. Whoever takes them
 //! at once instead pays for each of a thousand invalidations in a row, and takes room from those who ask.
 //!
-//! **Law.** A restore is an acquisition like any other, that nobody has asked for: it evicts nobody, its failure is told to nobody, and it comes
+//! **Law.** A restore is an acquisition like any other, that nobody has asked for: it evicts nobody, takes no room while somebody is short, its failure is told to nobody, and it comes
 //! after a pause that doubles while the memory doesn't come to rest. An engine that acquires meanwhile adopts it, and then it is its own.
 //!
 //! **Protocol.** Whoever ends a generation (settle thread, eviction) or a restore that failed asks for the next one; a flag under the object lock

@@ -8,7 +8,8 @@
 //!
 //! **Protocol.** Each acquire stamps its objects with its own number. Whoever is short lets go of what is dead already, then takes the oldest
 //! stamps: under the object lock, if the slot's is the only reference to the pages, the word goes from exactly *valid* to *invalid, next
-//! generation* and the pages leave the slot. Leases take their reference under the same lock. Finding the oldest is one walk over all objects
+//! generation* and the pages leave the slot. Leases take their reference under the same lock. An object that is kept ready wants its pages back at once: until
+//! whoever was short has his, it gets none, and what it had begun to take is waited for and taken. Finding the oldest is one walk over all objects
 //! for the next [`VICTIMS`] evictions, so the threads that acquire and submit pay a store each and keep no list.
 
 use std::collections::BinaryHeap;
@@ -53,11 +54,15 @@ impl<D: Device> Drop for Charge<D> {
 }
 
 impl<D: Device> Engine<D> {
-    /// Counts an import of the range before it is made, so that acquisitions side by side don't exceed a limit together.
-    pub(crate) fn charge(self: &Arc<Self>, range: HostRange) -> Result<Charge<D>, Error> {
+    /// Counts an import of the range before it is made, so that acquisitions side by side don't exceed a limit together. A restore finds no room
+    /// while somebody else is short.
+    pub(crate) fn charge(self: &Arc<Self>, range: HostRange, restore: bool) -> Result<Charge<D>, Error> {
         let (bytes, locked) = (range.len() as u64, self.device().locked_bytes(range));
         let over = |what, needed, available| Error::Budget { range, what, needed, available };
         let budget = |left| over("the configured budget for imported memory", bytes, left);
+        if restore && self.short.count() > 0 {
+            return Err(budget(0));
+        }
         self.pins.try_add(bytes, self.config.budget).map_err(budget)?;
         let limit = if locked > 0 { crate::limits::lockable() } else { u64::MAX };
         if let Err(left) = self.locked.try_add(locked, limit) {
@@ -82,10 +87,10 @@ impl<D: Device> Engine<D> {
             self.note(object, What::Evicted);
         };
         let freed = self.reap(usize::MAX);
-        if freed < bytes && freed + self.evict(bytes - freed, before, evicted) == 0 {
-            // What others are just letting go of is room, too.
+        if freed < bytes && freed + self.evict(bytes - freed, before, &evicted) == 0 {
+            // What others are just letting go of is room, too, and so is what is just being restored.
             self.loose.wait_none(Instant::now() + self.patience());
-            return self.returned.load(Ordering::Relaxed) != seen;
+            return self.returned.load(Ordering::Relaxed) != seen || self.evict(bytes, before, &evicted) > 0;
         }
         true
     }

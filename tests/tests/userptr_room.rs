@@ -287,6 +287,46 @@ fn a_restore_evicts_nobody_and_comes_when_there_is_room() {
 }
 
 #[test]
+fn whoever_asks_while_another_is_being_restored_takes_the_pages_that_it_gets() {
+    let _alone = alone();
+    let (rig, _region, objects) = with_budget(1, 2);
+    rig.device.script(Call::Import, &[Answer::Hold]);
+    objects[1].keep_ready();
+    rig.device.wait_held(1);
+    thread::scope(|scope| {
+        // There is no room, and nothing to be evicted: what is there is being taken by somebody whom nobody has asked for.
+        let asks = scope.spawn(|| lease(&rig.manager, &objects[0]));
+        wait_until("somebody who is short", || rig.manager.stats().short > 0);
+        rig.device.let_go();
+        drop(asks.join().unwrap());
+    });
+    assert_eq!((valid(&objects).as_str(), rig.manager.stats().evicted), ("V-", 1));
+}
+
+#[test]
+fn what_is_kept_ready_takes_no_room_while_somebody_is_short() {
+    let _alone = alone();
+    let (rig, _region, objects) = with_budget(2, 4);
+    let used = lease(&rig.manager, &objects[0]);
+    rig.device.script(Call::Import, &[Answer::Hold]);
+    objects[3].keep_ready();
+    rig.device.wait_held(1);
+    thread::scope(|scope| {
+        let asks = scope.spawn(|| lease(&rig.manager, &objects[1]));
+        wait_until("somebody who is short", || rig.manager.stats().short > 0);
+        // There is room for one more now, but not for who comes unasked.
+        drop(used);
+        rig.manager.shrink(u64::MAX);
+        objects[2].keep_ready();
+        wait_until("a restore that finds no room", || rig.manager.stats().restore_failures > 0);
+        rig.device.let_go();
+        drop(asks.join().unwrap());
+    });
+    wait_until("the first restore", || objects[3].state().unwrap() == State::Valid);
+    assert_eq!(valid(&objects), "-V-V");
+}
+
+#[test]
 fn who_acquires_while_it_is_being_restored_adopts_it_and_is_told_its_failure() {
     let _alone = alone();
     let (rig, _region, objects) = with_budget(100, 1);
