@@ -110,9 +110,13 @@ impl Ledger {
         }
     }
 
-    /// Records that the mapping moved and took its watch along; with `stays`, the old place remains watched too.
+    /// Records that the mapping moved and took its watch along; the old place remains watched too, unless it is unmapped.
+    ///
+    /// Only watched memory tells that it moves, and it goes on before that is written down. Who has ended the watch of the old place meanwhile has taken
+    /// it out of here, and not ended that of the new one: then only the kernel knows.
     pub(crate) fn moved(&mut self, from: HostRange, to: HostRange) {
         let pieces: Vec<_> = self.watched(from).collect();
+        self.unsure |= pieces.iter().map(|(piece, _)| piece.len()).sum::<usize>() < from.len();
         self.cut(to);
         for (piece, watch) in pieces {
             let start = to.start() + (piece.start() - from.start());
@@ -231,6 +235,8 @@ mod tests {
                     ledger.moved(range(start, len), range(to, len));
                     let old = oracle;
                     oracle[to..to + len].copy_from_slice(&old[start..start + len]);
+                    let known = old[start..start + len].iter().all(Option::is_some);
+                    assert_eq!(std::mem::take(&mut ledger.unsure), !known, "only watched memory tells that it moves");
                 }
                 kind => {
                     let span = if kind == 4 { WatchSpan::Mapping } else { WatchSpan::Exact };

@@ -443,6 +443,10 @@ impl Drop for Space {
             self.inner.close_descriptors();
             return;
         }
+        // A mutator goes on as soon as its message is read, and what it moved is in the ledger a moment later, before the gate opens. Who sees it unmoved
+        // leaves it watched, and where a forked child has the descriptor, too, whoever unmaps that waits for ever.
+        let patience = Instant::now() + 2 * self.deadline();
+        let _ = self.wait_open(Shards::ALL, patience);
         self.inner.unwatch_all();
         fork::uninstall(&self.inner);
         self.inner.stop.store(true, Ordering::SeqCst);
