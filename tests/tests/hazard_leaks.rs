@@ -311,7 +311,9 @@ fn a_storm_of_signals_loses_nothing() {
         }
         let stats = manager.stats();
         assert_eq!((stats.late, stats.space.late, stats.space.rescues, stats.faults), (0, 0, 0, 0));
-        assert_eq!((stats.imports, stats.in_flight), (2, 0));
+        assert_eq!(stats.in_flight, 0);
+        // The last one before these may still be on its way out, with the lease that named it.
+        wait_until("one import for each object", || manager.stats().imports == 2);
         region.unmap_all().unwrap();
         assert!(objects.iter().all(|object| object.state().unwrap() == State::Invalid));
         let device = manager.device().clone();
