@@ -87,10 +87,10 @@ impl<D: Device> Engine<D> {
             self.note(object, What::Evicted);
         };
         let freed = self.reap(usize::MAX);
-        if freed < bytes && freed + self.evict(bytes - freed, before, &evicted) == 0 {
+        if freed < bytes && freed + self.evict(bytes - freed, before, evicted) == 0 {
             // What others are just letting go of is room, too, and so is what is just being restored.
             self.loose.wait_none(Instant::now() + self.patience());
-            return self.returned.load(Ordering::Relaxed) != seen || self.evict(bytes, before, &evicted) > 0;
+            return self.returned.load(Ordering::Relaxed) != seen || self.evict(bytes, before, evicted) > 0;
         }
         true
     }
