@@ -44,7 +44,8 @@ pub(crate) struct Engine<D: Device> {
     pub(crate) flights: Level,
     /// Threads that have taken a stale pin out of its slot, or what is dead out of the graveyard, and not yet let go of it; and restores under way.
     pub(crate) loose: Level,
-    /// Acquisitions that somebody has asked for and that have found no room yet.
+    /// Acquisitions under way that somebody has asked for and that found no room at first. Until they end: what a device has room for shows only when it
+    /// imports.
     pub(crate) short: Level,
     pub(crate) graveyard: Graveyard<D>,
     pub(crate) victims: Victims<D>,

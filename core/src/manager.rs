@@ -338,7 +338,7 @@ pub struct Stats {
     pub pinned_bytes: u64,
     /// Bytes that they count against `RLIMIT_MEMLOCK`, as the device tells.
     pub locked_bytes: u64,
-    /// Acquisitions that somebody has asked for and that have found no room yet.
+    /// Acquisitions under way that somebody has asked for and that found no room at first.
     pub short: u64,
     /// Submits under way.
     pub in_flight: u64,

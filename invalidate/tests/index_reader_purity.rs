@@ -67,7 +67,7 @@ fn look_around(index: &Index<usize>, round: usize, changes: &AtomicUsize) {
         index.for_each(|entry| {
             black_box(entry.range);
         });
-        // More visits at once than arc-swap has slots, so that some own their root in full.
+        // More visits at once than a record has places, so that some hold every root.
         index.find(range(0).start(), |_| nested(index, 12));
         black_box((index.len(), index.is_empty()));
     }

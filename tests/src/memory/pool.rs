@@ -27,14 +27,15 @@ impl HugePages {
             return Ok(Self { added: 0 });
         }
         let _turn = turn();
-        let wanted = read(SIZE)? + count;
+        let before = read(SIZE)?;
+        let wanted = before + count;
         match fs::write(SIZE, wanted.to_string()) {
             Err(_) if free >= count => Ok(Self { added: 0 }),
             Err(e) => Err(format!("{free} huge pages of {count} are free, and {SIZE}: {e}")),
             Ok(()) => {
-                let pool = Self { added: count };
-                // The kernel puts in what it finds.
+                // The kernel puts in what it finds, and no more is to be taken out again.
                 let found = read(SIZE)?;
+                let pool = Self { added: found.saturating_sub(before) };
                 if found < wanted {
                     Err(format!("{found} huge pages of {wanted}: memory is too fragmented"))
                 } else {
