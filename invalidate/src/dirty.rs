@@ -123,14 +123,15 @@ impl DirtyTracker {
 
     /// Protects every page, registering the mappings first if need be.
     fn arm(&mut self) {
-        let armed = protect(self.range).or_else(|refused| {
+        let all = || protect(self.range.start() as u64, self.range.end() as u64);
+        let armed = all().or_else(|refused| {
             if !self.registers {
                 return Err(refused);
             }
             let uffd = self.uffd.take().map_or_else(open, Ok)?;
             uffd.register(self.range)?;
             self.uffd = Some(uffd);
-            protect(self.range)
+            all()
         });
         self.state = armed.map_or_else(State::Everything, |()| State::Armed);
     }
@@ -139,10 +140,16 @@ impl DirtyTracker {
         // A protected page that was never touched has a marker in the page table. Where there is not even that, a huge page
         // or a whole page table was discarded, which kernels before 2026 don't tell as written. To ask for what is absent in
         // the same walk costs half as much as a second one, and tells protected pages that are swapped out, too.
+        // Where the walk tells a page as absent only, it may have left it unprotected.
         let flags = WP_MATCHING | CHECK_WPASYNC;
         let want = Wanted { flags, inverted: PRESENT, any: WRITTEN | PRESENT, told: SWAPPED, ..Wanted::default() };
-        let is_told =
-            |region: &PageRegion| region.categories & WRITTEN != 0 || region.categories & (PRESENT | SWAPPED) == 0;
+        let is_told = |region: &PageRegion| {
+            let is_absent = region.categories & (PRESENT | SWAPPED) == 0;
+            if is_absent && region.categories & WRITTEN == 0 {
+                protect(region.start, region.end)?;
+            }
+            Ok(is_absent || region.categories & WRITTEN != 0)
+        };
         let had = out.len();
         collect(self.range, want, is_told, out)?;
         merge(out, had);
@@ -157,29 +164,32 @@ fn open() -> io::Result<Uffd> {
     if got == needed { Ok(uffd) } else { Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)) }
 }
 
-/// Protects every page of the range, also those that aren't there.
-fn protect(range: HostRange) -> io::Result<()> {
+/// Protects every page from `start` to `end`, also those that aren't there.
+fn protect(start: u64, end: u64) -> io::Result<()> {
     let want = Wanted { flags: WP_MATCHING | CHECK_WPASYNC, ..Wanted::default() };
-    scan(range.start() as u64, range.end() as u64, want, &mut []).map(drop)
+    scan(start, end, want, &mut []).map(drop)
 }
 
 /// Adds to `out`, in address order, the parts of the range that are protected or absent.
 pub(crate) fn protected(range: HostRange, out: &mut Vec<HostRange>) -> io::Result<()> {
-    collect(range, Wanted { inverted: WRITTEN, all: WRITTEN, ..Wanted::default() }, |_| true, out)
+    collect(range, Wanted { inverted: WRITTEN, all: WRITTEN, ..Wanted::default() }, |_| Ok(true), out)
 }
 
 fn collect(
     range: HostRange,
     want: Wanted,
-    is_told: impl Fn(&PageRegion) -> bool,
+    is_told: impl Fn(&PageRegion) -> io::Result<bool>,
     out: &mut Vec<HostRange>,
 ) -> io::Result<()> {
     let (mut at, end) = (range.start() as u64, range.end() as u64);
     let mut regions = [PageRegion::default(); REGIONS];
     while at < end {
         let (found, stopped) = scan(at, end, want, &mut regions)?;
-        let told = regions[..found].iter().filter(|region| is_told(region));
-        out.extend(told.filter_map(|region| HostRange::from_bounds(region.start, region.end)));
+        for region in &regions[..found] {
+            if is_told(region)? {
+                out.extend(HostRange::from_bounds(region.start, region.end));
+            }
+        }
         if stopped <= at {
             return Err(io::ErrorKind::InvalidData.into()); // a walk that stands still would never end
         }
