@@ -170,7 +170,8 @@ fn a_sender_that_stops_in_the_middle_is_not_waited_for() {
     post(&ours, &bytes[..20], &[sent.buffer.as_fd().as_raw_fd()]);
     assert_eq!(receive(&theirs, SOON).unwrap_err().errno(), libc::ETIMEDOUT);
     drop(ours);
-    assert_eq!(receive(&theirs, SOON).unwrap_err().errno(), libc::ECONNRESET);
+    // A child that another test has forked has the socket, too, until it ends.
+    assert_eq!(receive(&theirs, LONG).unwrap_err().errno(), libc::ECONNRESET);
 }
 
 #[test]

@@ -254,7 +254,8 @@ fn cell<R: Rig>(
         assert_not_pinnable(rig, &object);
         return Ok(Verdict::NotPinnable);
     }
-    if kind == Kind::Mapped(Backing::AnonymousShared) && !rig.spans_files() {
+    // Each mapping of these is of a file of its own.
+    if matches!(kind, Kind::Mapped(Backing::AnonymousShared | Backing::HugeTlb)) && !rig.spans_files() {
         return Err(Skip::Kind("this kernel's io_uring pins memory of one file at a time".into()));
     }
     let before = program_sees(&region);
