@@ -192,6 +192,27 @@ fn one_write_to_a_huge_page_is_told_as_one_page() {
 }
 
 #[test]
+fn a_huge_page_is_not_known_to_be_there_as_it_may_be_of_zeros() {
+    let (huge, count) = (2 << 20, (2 << 20) / page_size());
+    let pages = Pages::anonymous(2 * count);
+    let at = (pages.0.start().next_multiple_of(huge) - pages.0.start()) / page_size();
+    if page_size() != 4096 || !pages.advise(at, count, libc::MADV_HUGEPAGE) {
+        eprintln!("skipped: no transparent huge pages of 2 MiB");
+        return;
+    }
+    pages.write(at);
+    if any_present(pages.part(at + count - 1, 1)).unwrap() != Some(true) {
+        eprintln!("skipped: the kernel had no huge page to give");
+        return;
+    }
+    assert!(!is_all_there(pages.part(at, count)) && !is_all_there(pages.part(at, 1)));
+    // Once it is split, each page is known for what it is.
+    assert!(pages.advise(at + 1, 1, libc::MADV_DONTNEED));
+    assert!(is_all_there(pages.part(at, 1)) && !is_all_there(pages.part(at + 1, 1)));
+    assert!(is_all_there(pages.part(at + 2, count - 2)));
+}
+
+#[test]
 fn a_discarded_huge_page_counts_as_written() {
     let (huge, count) = (2 << 20, (2 << 20) / page_size());
     let pages = Pages::anonymous(2 * count);

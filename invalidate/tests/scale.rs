@@ -240,29 +240,39 @@ fn a_place_that_was_left_without_an_event_is_watched_anew() {
     const TEST: &str = "a_place_that_was_left_without_an_event_is_watched_anew";
     isolated(TEST, || {
         let Some(space) = space(TEST) else { return };
-        // SAFETY: makes a segment, and marks it to end with its last attachment.
-        let segment = unsafe { libc::shmget(libc::IPC_PRIVATE, 4 * page_size(), libc::IPC_CREAT | 0o600) };
-        if segment < 0 {
-            return skip(TEST, format_args!("no System V memory here: {}", std::io::Error::last_os_error()));
+        // Of one page the kernel is asked otherwise than of several.
+        for pages in [1, 4] {
+            if let Err(error) = leave_without_an_event(&space, pages) {
+                return skip(TEST, format_args!("no System V memory here: {error}"));
+            }
         }
-        let place = Memory::new(4);
-        // SAFETY: attaches in the place of memory of the test's own.
-        let at = unsafe { libc::shmat(segment, pointer(place.0), libc::SHM_REMAP) };
-        // SAFETY: numbers only.
-        unsafe { libc::shmctl(segment, libc::IPC_RMID, std::ptr::null_mut()) };
-        assert_eq!(at, pointer(place.0));
-        let (told, watched) = Told::over(&space, place.0, 1);
-        assert_eq!(watched.coverage, Coverage::Watched);
-        // SAFETY: what was attached above; no reference points into it.
-        assert_eq!(unsafe { libc::shmdt(at) }, 0);
-        all_told(&space);
-        let events = space.stats().events;
-        map_over(place.0);
-        assert_eq!((told.times(), space.stats().events), (0, events), "shmdt sends no event");
-        told.watch(&space, place.0);
-        unmap(place.0);
-        all_told(&space);
-        assert_eq!(told.times(), 1);
-        std::mem::forget(place);
     });
+}
+
+fn leave_without_an_event(space: &Space, pages: usize) -> std::io::Result<()> {
+    // SAFETY: makes a segment, and marks it to end with its last attachment.
+    let segment = unsafe { libc::shmget(libc::IPC_PRIVATE, pages * page_size(), libc::IPC_CREAT | 0o600) };
+    if segment < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    let place = Memory::new(pages);
+    // SAFETY: attaches in the place of memory of the test's own.
+    let at = unsafe { libc::shmat(segment, pointer(place.0), libc::SHM_REMAP) };
+    // SAFETY: numbers only.
+    unsafe { libc::shmctl(segment, libc::IPC_RMID, std::ptr::null_mut()) };
+    assert_eq!(at, pointer(place.0));
+    let (told, watched) = Told::over(space, place.0, 1);
+    assert_eq!(watched.coverage, Coverage::Watched);
+    // SAFETY: what was attached above; no reference points into it.
+    assert_eq!(unsafe { libc::shmdt(at) }, 0);
+    all_told(space);
+    let events = space.stats().events;
+    map_over(place.0);
+    assert_eq!((told.times(), space.stats().events), (0, events), "shmdt sends no event");
+    told.watch(space, place.0);
+    unmap(place.0);
+    all_told(space);
+    assert_eq!(told.times(), 1);
+    std::mem::forget(place);
+    Ok(())
 }

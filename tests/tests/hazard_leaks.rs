@@ -148,7 +148,7 @@ fn mutations_and_new_acquisitions_of_one_object_pile_nothing_up() {
         let after = Holdings::now();
         // Workers come and go, each with a stack and an arena; a mapping left in every other round shows.
         assert!(after.mappings < before.mappings + changes / 2, "{after:?}, and {before:?} before");
-        assert_eq!(manager.stats().imports, 1);
+        assert_eq!(manager.stats().imports, 1, "{:?}, {:?}", object.state(), manager.stats());
     })
     .expect_return();
 }

@@ -130,7 +130,7 @@ fn an_export_of_a_part_has_its_unwatched_whole_and_its_sisters_watched_too() {
 #[test]
 fn a_part_of_a_page_of_the_huge_pool_is_watched_with_all_of_its_mapping() {
     let _alone = alone();
-    let _pool = match HugePages::add(2) {
+    let _pool = match HugePages::add(4) {
         Ok(pool) => pool,
         Err(why) => skip!("{why}"),
     };
@@ -141,6 +141,11 @@ fn a_part_of_a_page_of_the_huge_pool_is_watched_with_all_of_its_mapping() {
     assert_eq!(device_sees(&rig, &half), program_sees(&region)[..512]);
     assert!(!space().is_watched(region.part(512..1024)), "whole pages are watched exactly");
     assert_eq!(device_sees(&rig, &part), program_sees(&region)[1..9]);
+    // The other way round there is no watch yet that the part could be under.
+    let (other, bytes) = (Region::new(Backing::HugeTlb, 2 * 512).unwrap(), page..9 * page);
+    let part_first = register(&rig.manager, other.range()).part(bytes).unwrap();
+    assert_eq!(device_sees(&rig, &part_first), program_sees(&other)[1..9]);
+    assert!(space().is_watched(other.range()), "with all of its mapping");
     assert_eq!(rig.manager.stats().retries, 0, "nothing is tried that the kernel refuses");
     let generation = part.generation().unwrap();
     region.unmap(0..512).unwrap();
