@@ -66,7 +66,9 @@ fn ways<R: Rig>(rig: &R, backing: Backing) -> Vec<Way> {
     if pins {
         ways.push(Way::MoveLeaving);
         // Over a shared file, the next way would bring back the file's page with the version it had before: old, and the program's all the same.
-        if !backing.shared() || backing == Backing::AnonymousShared {
+        // What is moved there is private memory without a file.
+        let spans = rig.spans_files() || matches!(backing, Backing::Anonymous | Backing::AnonymousHuge);
+        if spans && (!backing.shared() || backing == Backing::AnonymousShared) {
             ways.push(Way::MoveOnto);
         }
     }
