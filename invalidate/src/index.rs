@@ -12,8 +12,8 @@
 //! - **Nodes live as long as any root that reaches them.** A node that the change from root *n* to *n + 1* replaced is
 //!   reachable from roots up to *n*. Graves are closed oldest first, and take along the nodes that left with them.
 //! - **Nothing is allocated, freed or called under the writers' lock**, as freeing may unmap memory, which may wait for
-//!   whoever asks the index. Nodes come from a stock that is filled before the lock is taken; what has died is carried out
-//!   of it. A removed value dies like a node, so a visit may borrow it after `remove` has returned.
+//!   whoever asks the index. Nodes come from a stock that is filled before the lock is taken, and go back there; values that
+//!   have died are carried out of it. A removed value dies like a node, so a visit may borrow it after `remove` has returned.
 //!
 //! Nodes link to values and children by bare pointers, not by `Arc`: copying a node of 64 counted links would touch 64
 //! foreign cache lines twice. Their items are plain sorted arrays and not a `rust_lapper::Lapper`: over 48 ranges that is
@@ -34,10 +34,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::HostRange;
 use crate::sync::{AtomicPtr, AtomicUsize, Ordering, fence};
 use holds::{hold, records};
-pub(crate) use node::Key;
-use node::{Item, Link, Node};
-use stock::{List, Stock};
+use node::{Item, Link, Node, address, pages};
+use stock::{List, Slab, Stock};
 use tree::Tree;
+
+/// What orders entries: the first address, then the id.
+pub(crate) type Key = (usize, u64);
 
 /// One registered range, as a visit shows it.
 #[derive(Debug)]
@@ -78,6 +80,9 @@ struct Writer<T> {
     /// Roots that were replaced, oldest first.
     graves: VecDeque<Grave<T>>,
     spare: List,
+    /// All nodes there are, in use or not.
+    slabs: Option<Box<Slab>>,
+    nodes: usize,
 }
 
 /// A root that was replaced, and what the change that replaced it took out of the tree.
@@ -88,16 +93,10 @@ struct Grave<T> {
 }
 
 /// What nobody can see any more, on its way out of the writers' lock.
-struct Dead<T> {
-    graves: [Option<Grave<T>>; BURIED_AT_ONCE],
-    nodes: List,
-}
+struct Dead<T>([Option<Grave<T>>; BURIED_AT_ONCE]);
 
 /// More than one, so that graves become fewer when a long visit has ended.
 const BURIED_AT_ONCE: usize = 4;
-
-/// Nodes that are kept for later changes: enough for one of a tree of seven levels, which no address space can fill.
-const SPARE: usize = 32;
 
 // SAFETY: tree, graves and lists have nodes that are only read, or belong to whoever holds the writer, and link to values that
 // are an `Arc<T>` each; the rest is Send by itself. So is the index Sync by it, which shows `&Arc<T>` to any thread.
@@ -107,7 +106,7 @@ impl<T> Index<T> {
     /// An index of nothing.
     #[must_use]
     pub fn new() -> Self {
-        let writer = Writer { tree: Tree::EMPTY, graves: VecDeque::new(), spare: List::new() };
+        let writer = Writer { tree: Tree::EMPTY, graves: VecDeque::new(), spare: List::new(), slabs: None, nodes: 0 };
         Self { current: AtomicPtr::new(Tree::EMPTY.pack()), len: AtomicUsize::new(0), writer: Mutex::new(writer) }
     }
 
@@ -115,7 +114,8 @@ impl<T> Index<T> {
     /// one that has both takes the place of the old, whose value is returned.
     pub fn insert(&self, range: HostRange, id: u64, value: Arc<T>) -> Option<Arc<T>> {
         let link = Arc::into_raw(value).cast();
-        let item = Item { low: range.start(), high: range.end(), id, link };
+        let (low, high) = pages(range.start(), range.end());
+        let item = Item { low, high, id, link };
         // SAFETY: `change` hands over the newest tree, which it keeps alive, and a stock with room.
         self.change(|tree, stock| Some(unsafe { tree.insert(stock, item) }), 1)
     }
@@ -124,9 +124,10 @@ impl<T> Index<T> {
     ///
     /// A visit that is under way may still show it; its value lives until then.
     pub fn remove(&self, range: HostRange, id: u64) -> Option<Arc<T>> {
+        let (low, high) = pages(range.start(), range.end());
         let take_out = |tree: Tree, stock: &mut Stock| {
             // SAFETY: as in `insert`.
-            let (tree, link) = unsafe { tree.remove(stock, range.start(), range.end(), id) }?;
+            let (tree, link) = unsafe { tree.remove(stock, low, high, id) }?;
             Some((tree, Some(link)))
         };
         self.change(take_out, 0)
@@ -204,7 +205,7 @@ impl<T> Index<T> {
             writer.bury(&mut dead);
             let left = writer.graves.len();
             drop(writer);
-            if left == 0 || dead.graves.iter().any(Option::is_none) {
+            if left == 0 || dead.0.iter().any(Option::is_none) {
                 return left;
             }
         }
@@ -227,12 +228,14 @@ impl<T> Index<T> {
         seen: &mut impl FnMut(),
         mut visit: impl FnMut(Entry<'_, T>) -> ControlFlow<()>,
     ) -> ControlFlow<()> {
+        let (low, high) = pages(low, high);
         let held = hold(&self.current);
         let mut hit = |item: Item| {
             // SAFETY: a leaf links to what `Arc::into_raw` gave, and the index keeps it while the root is held. It is
             // borrowed for the callback and not dropped.
             let value = ManuallyDrop::new(unsafe { Arc::from_raw(item.link.cast::<T>()) });
-            visit(Entry { range: HostRange::from_known(item.low, item.high), id: item.id, value: &value })
+            let range = HostRange::from_known(address(item.low), address(item.high));
+            visit(Entry { range, id: item.id, value: &value })
         };
         // SAFETY: the root is held during the call, and so are the nodes that it reaches.
         unsafe { Tree::unpack(held.root).visit(low, high, seen, &mut hit) }
@@ -273,21 +276,21 @@ impl<T> Index<T> {
         let mut writer = self.lock();
         loop {
             let lack = writer.tree.room().saturating_sub(writer.spare.len());
-            let (graves, places) = (writer.graves.len(), writer.graves.capacity());
+            let (graves, places, nodes) = (writer.graves.len(), writer.graves.capacity(), writer.nodes);
             if lack == 0 && graves < places {
                 return writer;
             }
             drop(writer);
-            let mut nodes = List::new();
-            for _ in 0..lack {
-                // SAFETY: it was just made by `Box`.
-                unsafe { nodes.push(Box::into_raw(Box::new(Node::new()))) };
-            }
+            // Growing with what there is, up to a huge page.
+            let count = if nodes < Slab::MANY { Slab::FEW } else { Slab::MANY };
+            let slab = (lack > 0).then(|| Slab::new(count));
             let mut larger = VecDeque::with_capacity(if graves < places { 0 } else { 2 * graves.max(4) });
             writer = self.lock();
-            while let Some(node) = nodes.pop() {
-                // SAFETY: it is in no list now, and nobody else's.
-                unsafe { writer.spare.push(node) };
+            if let Some(slab) = slab {
+                let this = &mut *writer;
+                this.nodes += slab.len();
+                // SAFETY: it was just made; spare nodes and slabs are both the writer's.
+                unsafe { slab.join(&mut this.slabs, &mut this.spare) };
             }
             if larger.capacity() > writer.graves.capacity() {
                 larger.append(&mut writer.graves);
@@ -309,13 +312,12 @@ impl<T> Writer<T> {
     /// Moves to `dead`, as far as it has places, what the oldest graves hold and no reader can reach.
     fn bury(&mut self, dead: &mut Dead<T>) {
         fence(Ordering::SeqCst); // between the replacing of the roots and our look at who reads them; partner: `hold`
-        for place in &mut dead.graves {
+        for place in &mut dead.0 {
             let unread = self.graves.front().is_some_and(|grave| !records().is_held(grave.root.addr()));
             let Some(mut grave) = unread.then(|| self.graves.pop_front()).flatten() else { return };
             while let Some(node) = grave.nodes.pop() {
-                let list = if self.spare.len() < SPARE { &mut self.spare } else { &mut dead.nodes };
                 // SAFETY: it is in no list now, and older graves, whose roots might reach it, are closed.
-                unsafe { list.push(node) };
+                unsafe { self.spare.push(node) };
             }
             *place = Some(grave);
         }
@@ -324,33 +326,17 @@ impl<T> Writer<T> {
 
 impl<T> Dead<T> {
     fn new() -> Self {
-        Self { graves: [const { None }; BURIED_AT_ONCE], nodes: List::new() }
-    }
-}
-
-impl<T> Drop for Dead<T> {
-    fn drop(&mut self) {
-        // SAFETY: no root that is still held reaches these nodes.
-        unsafe { self.nodes.free() };
+        Self([const { None }; BURIED_AT_ONCE])
     }
 }
 
 impl<T> Drop for Index<T> {
     fn drop(&mut self) {
-        let mut nodes = List::new();
         let writer = self.writer.get_mut().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: a leaf links to what `Arc::into_raw` gave, and the tree is taken apart once.
         let mut let_go = |link: Link| drop(unsafe { Arc::from_raw(link.cast::<T>()) });
         // SAFETY: visits borrow the index, so none is left.
-        unsafe { writer.tree.take_apart(&mut nodes, &mut let_go) };
-        // SAFETY: as above.
-        unsafe { nodes.free() };
-        // SAFETY: as above.
-        unsafe { writer.spare.free() };
-        for grave in &mut writer.graves {
-            // SAFETY: as above.
-            unsafe { grave.nodes.free() };
-        }
+        unsafe { writer.tree.take_apart(&mut let_go) };
     }
 }
 

@@ -1,6 +1,6 @@
 //! Any changes and questions, in any order, against a sorted map that is looked at whole: `scripts/fuzz 60 index`.
 //!
-//! Each change is six bytes: what, where, how long, which id. Ranges crowd into 4,096 pages and 16 ids, so that they overlap, repeat and meet again.
+//! Each change is six bytes: what, where, how long, which id. Ranges crowd into four times 4,096 pages and 16 ids, so that they overlap, repeat and meet again.
 
 #![no_main]
 
@@ -26,7 +26,8 @@ impl Oracle {
 fuzz_target!(|data: &[u8]| {
     let (index, mut oracle) = (Index::new(), Oracle::default());
     for (value, step) in (0..).zip(data.chunks_exact(6)) {
-        let at = usize::from(u16::from_le_bytes([step[1], step[2]])) % 4096;
+        // In one of four places, terabytes apart.
+        let at = (usize::from(step[0] >> 6) << 33) + usize::from(u16::from_le_bytes([step[1], step[2]])) % 4096;
         // Short ones mostly; now and then one over nearly everything.
         let pages = if step[3] == 255 { 4096 } else { 1 + usize::from(step[3]) % 32 };
         let (id, part) = (u64::from(step[4] % 16), usize::from(step[5]));

@@ -181,6 +181,7 @@ fn claim() -> (&'static Record, bool) {
     (record, !stays)
 }
 
+#[inline]
 fn give_back(record: &Record, borrowed: bool) {
     if borrowed {
         record.taken.store(0, Ordering::Release); // as in `claim`

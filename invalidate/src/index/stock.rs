@@ -1,7 +1,11 @@
 //! Nodes that are in no tree: spare ones, and those that a change replaced. Listed through the nodes themselves, so that
 //! nothing is allocated to keep them.
+//!
+//! Nodes are allocated many at a time and freed with the index, so that a large index lies in huge pages: half of what a
+//! question among 100,000 entries waits for is the address translation of nodes that nobody looked at for a while.
 
-use std::ptr;
+use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
+use std::ptr::{self, NonNull};
 use std::sync::atomic::Ordering;
 
 use super::node::Node;
@@ -30,7 +34,7 @@ impl List {
     }
 
     /// # Safety
-    /// `node` is a live allocation by [`Box`], in no list and not written by anyone else.
+    /// `node` is one of a live slab, in no list and not written by anyone else.
     pub(super) unsafe fn push(&mut self, node: *mut Node) {
         // SAFETY: `node` is live; readers that still look at it don't look at `next`, which is atomic besides.
         let next = unsafe { &(*node).next };
@@ -46,16 +50,68 @@ impl List {
         (self.head, self.len) = (next.load(Ordering::Relaxed), self.len - 1);
         Some(node)
     }
+}
 
-    /// Frees every node.
+/// Nodes that were allocated together.
+pub(super) struct Slab {
+    nodes: NonNull<Node>,
+    layout: Layout,
+    /// Those that were there before.
+    next: Option<Box<Slab>>,
+}
+
+/// Bytes of a huge page, where pages are of 4 KiB.
+const HUGE: usize = 2 << 20;
+
+impl Slab {
+    /// Nodes of the first slabs: enough for one change of a tree of seven levels, which no address space can fill.
+    pub(super) const FEW: usize = 32;
+    /// Nodes of later ones.
+    pub(super) const MANY: usize = HUGE / size_of::<Node>();
+
+    pub(super) fn new(count: usize) -> Box<Self> {
+        let align = if count < Self::MANY { align_of::<Node>() } else { HUGE };
+        let layout = Layout::array::<Node>(count).and_then(|layout| layout.align_to(align));
+        let layout = layout.expect("a few megabytes");
+        // SAFETY: nodes have a size, and `count` isn't 0.
+        let memory = unsafe { alloc(layout) };
+        #[expect(clippy::cast_ptr_alignment, reason = "the layout has a node's at least")]
+        let Some(nodes) = NonNull::new(memory.cast::<Node>()) else { handle_alloc_error(layout) };
+        #[cfg(not(miri))]
+        if align == HUGE {
+            // Advice: a kernel without huge pages refuses, and nothing depends on it.
+            // SAFETY: the memory was just allocated and is ours; the advice changes no contents.
+            unsafe { libc::madvise(memory.cast(), layout.size(), libc::MADV_HUGEPAGE) };
+        }
+        // SAFETY: as many bytes were just allocated.
+        unsafe { ptr::write_bytes(memory, 0, layout.size()) };
+        Box::new(Self { nodes, layout, next: None })
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.layout.size() / size_of::<Node>()
+    }
+
+    /// Hands its nodes over to `spare`, and takes its place before the slabs that there are.
     ///
     /// # Safety
-    /// Nobody reads any of them any more.
-    pub(super) unsafe fn free(&mut self) {
-        while let Some(node) = self.pop() {
-            // SAFETY: nodes are made by `Box`, this one is in no list any more, and by the contract nobody reads it.
-            drop(unsafe { Box::from_raw(node) });
+    /// Only once. The list is used no longer than the slab lives.
+    pub(super) unsafe fn join(mut self: Box<Self>, slabs: &mut Option<Box<Self>>, spare: &mut List) {
+        for nth in 0..self.len() {
+            // SAFETY: it is one of the slab's.
+            let node = unsafe { self.nodes.add(nth) };
+            // SAFETY: zeros are a node: numbers, null pointers, no items. By the contract it is in no list and nobody else's.
+            unsafe { spare.push(node.as_ptr()) };
         }
+        self.next = slabs.take();
+        *slabs = Some(self);
+    }
+}
+
+impl Drop for Slab {
+    fn drop(&mut self) {
+        // SAFETY: allocated by `new` with this layout. A node has nothing to drop.
+        unsafe { dealloc(self.nodes.as_ptr().cast(), self.layout) };
     }
 }
 

@@ -88,9 +88,15 @@ fn op() -> impl Strategy<Value = Op> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
 
+    /// Near each other, far apart, and so far that one node reaches over terabytes.
     #[test]
-    fn any_changes_and_questions_agree_with_a_plain_list(ops in proptest::collection::vec(op(), 0..1200)) {
+    fn any_changes_and_questions_agree_with_a_plain_list(
+        ops in proptest::collection::vec(op(), 0..1200),
+        apart in prop_oneof![Just(1), Just(3 << 20), Just((1 << 27) + 5)],
+    ) {
         let (index, mut oracle) = (Index::new(), Oracle::default());
+        // Half as long, rounded up, so that some overlap by one page.
+        let pages = |at: usize, len: usize| pages(at * apart, len * apart.div_ceil(2));
         for (round, op) in ops.into_iter().enumerate() {
             match op {
                 Op::Insert(at, len, id, value) => {
@@ -112,7 +118,7 @@ proptest! {
                     prop_assert_eq!(overlapping(&index, range), oracle.overlapping(range.start(), range.end()));
                 }
                 Op::Find(at) => {
-                    let addr = at * page_size() + at;
+                    let addr = at * apart * page_size() + at;
                     prop_assert_eq!(told(&index, addr, addr + 1).0, oracle.overlapping(addr, addr + 1));
                 }
             }

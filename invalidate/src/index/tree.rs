@@ -11,8 +11,8 @@
 use std::ops::ControlFlow;
 use std::ptr;
 
-use super::node::{Item, Key, Link, MAX_HEIGHT, Node, WIDTH};
-use super::stock::{List, Stock};
+use super::node::{Item, Link, MAX_HEIGHT, Node, PageKey, WIDTH};
+use super::stock::Stock;
 
 /// The bits of a packed tree that are its height.
 const MAX_HEIGHT_BITS: usize = align_of::<Node>() - 1;
@@ -72,7 +72,7 @@ impl Tree {
         4 * self.height + 1
     }
 
-    /// Tells `hit` the entries that overlap `low..high`, in order, until it answers `Break`, and `seen` how many nodes were looked into.
+    /// Tells `hit` the entries that overlap the pages `low..high`, in order, until it answers `Break`, and `seen` how many nodes were looked into.
     ///
     /// # Safety
     /// The nodes of this tree stay alive and unwritten during the call.
@@ -99,8 +99,7 @@ impl Tree {
             let root = stock.take();
             // SAFETY: a node of the stock is ours alone.
             let into = unsafe { &mut *root };
-            into.clear();
-            into.push(item);
+            into.fill(std::iter::once(item));
             return (Self { root, height: 1 }, None);
         }
         // SAFETY: the nodes are alive.
@@ -138,7 +137,7 @@ impl Tree {
     ///
     /// # Safety
     /// The tree isn't empty and its nodes are alive.
-    unsafe fn descend(&self, key: Key) -> (Path, Result<usize, usize>) {
+    unsafe fn descend(&self, key: PageKey) -> (Path, Result<usize, usize>) {
         let mut path = Path([(ptr::null(), 0); MAX_HEIGHT]);
         let mut node = self.root;
         for step in &mut path.0[..self.height - 1] {
@@ -191,8 +190,7 @@ impl Tree {
                 let root = stock.take();
                 // SAFETY: a node of the stock is ours alone.
                 let into = unsafe { &mut *root };
-                into.clear();
-                two.iter().for_each(|&item| into.push(item));
+                into.fill(two.iter().copied());
                 root
             }
         };
@@ -209,51 +207,57 @@ impl Tree {
         }
     }
 
-    /// Takes the whole tree apart: every entry's link goes to `entry`, every node to `nodes`.
+    /// Takes the whole tree apart: every entry's link goes to `entry`.
     ///
     /// # Safety
     /// Nobody else uses the tree, now or later.
-    pub(super) unsafe fn take_apart(self, nodes: &mut List, entry: &mut impl FnMut(Link)) {
+    pub(super) unsafe fn take_apart(self, entry: &mut impl FnMut(Link)) {
         if self.height == 0 {
             return;
         }
         // SAFETY: alive and nobody else's.
         let node = unsafe { &*self.root };
-        for &link in node.links() {
+        for Item { link, .. } in node.items() {
             if self.height == 1 {
                 entry(link);
             } else {
                 // SAFETY: children are alive, nobody else's, and reached once.
-                unsafe { Self { root: link.cast(), height: self.height - 1 }.take_apart(nodes, entry) };
+                unsafe { Self { root: link.cast(), height: self.height - 1 }.take_apart(entry) };
             }
         }
-        // SAFETY: it is alive and, as part of a tree, in no list.
-        unsafe { nodes.push(self.root.cast_mut()) };
     }
 }
 
 /// # Safety
 /// `node` and all below it stay alive and unwritten during the call; `height` is its distance from the values.
 unsafe fn visit_below(
-    node: *const Node,
-    height: usize,
+    mut node: *const Node,
+    mut height: usize,
     low: usize,
     high: usize,
     seen: &mut impl FnMut(),
     hit: &mut impl FnMut(Item) -> ControlFlow<()>,
 ) -> ControlFlow<()> {
-    // SAFETY: alive by the contract.
-    let node = unsafe { &*node };
-    seen();
-    for at in node.overlapping(low, high) {
+    loop {
+        seen();
+        // SAFETY: alive by the contract.
+        let this = unsafe { &*node };
+        let places = this.overlapping(low, high);
         if height == 1 {
-            hit(node.item(at))?;
-        } else {
-            // SAFETY: above the leaves a link is a child, alive by the contract.
-            unsafe { visit_below(node.link(at).cast(), height - 1, low, high, seen, hit) }?;
+            return { places }.try_for_each(|at| hit(this.item(at)));
         }
+        height -= 1;
+        // Nearly always. So the processor goes on with this child while it still compares ends.
+        if let Some(at) = places.only_the_last() {
+            node = this.link(at).cast();
+            continue;
+        }
+        for at in places {
+            // SAFETY: above the leaves a link is a child, alive by the contract.
+            unsafe { visit_below(this.link(at).cast(), height, low, high, seen, hit) }?;
+        }
+        return ControlFlow::Continue(());
     }
-    ControlFlow::Continue(())
 }
 
 /// New nodes with the items of `node` in which `new` has taken the place of `gone` items at `at`.
@@ -270,22 +274,17 @@ fn splice(stock: &mut Stock, node: &Node, at: usize, gone: usize, new: Few) -> F
         into.become_spliced(node, at, gone, new);
         return Few::one(into.summary(made.cast_const().cast()));
     }
-    let item = |place: usize| match place {
-        _ if place < at => node.item(place),
-        _ if place < at + new.len() => new[place - at],
-        _ => node.item(place - new.len() + gone),
-    };
     let cut = match at {
         _ if at + gone == node.len() => total - 1,
         0 => 1,
         _ => total / 2,
     };
-    let halves = [0..cut, cut..total].map(|part| {
+    let items = node.spliced(at, gone, new);
+    let halves = [(0, cut), (cut, total)].map(|(from, to)| {
         let made = stock.take();
         // SAFETY: a node of the stock is ours alone.
         let into = unsafe { &mut *made };
-        into.clear();
-        part.for_each(|place| into.push(item(place)));
+        into.fill(items.clone().skip(from).take(to - from));
         into.summary(made.cast_const().cast())
     });
     Few { items: halves, len: 2 }
@@ -323,15 +322,14 @@ unsafe fn share(stock: &mut Stock, parent: &mut (*const Node, usize), new: Few) 
     if !fits {
         return None;
     }
-    let mut items = links.iter().flat_map(|&link| (0..node(link).len()).map(move |at| node(link).item(at)));
-    let parts = [total.div_ceil(new.len), total];
+    let items = links.iter().flat_map(|&link| node(link).items());
+    let part = total.div_ceil(new.len);
     let mut shared = Few { len: new.len, ..Few::NONE };
-    for (place, part) in shared.items[..new.len].iter_mut().zip(parts) {
+    for (nth, place) in shared.items[..new.len].iter_mut().enumerate() {
         let made = stock.take();
         // SAFETY: a node of the stock is ours alone.
         let into = unsafe { &mut *made };
-        into.clear();
-        items.by_ref().take(part).for_each(|item| into.push(item));
+        into.fill(items.clone().skip(nth * part).take(part));
         *place = into.summary(made.cast_const().cast());
     }
     parent.1 = at.saturating_sub(1);
@@ -350,7 +348,7 @@ impl Tree {
     /// As [`visit`](Self::visit).
     pub(super) unsafe fn check(&self) -> (usize, usize) {
         fn below(node: &Node, height: usize) -> (usize, Item) {
-            let items: Vec<_> = (0..node.len()).map(|at| node.item(at)).collect();
+            let items: Vec<_> = node.items().collect();
             assert!(!items.is_empty() && items.len() <= WIDTH, "a node has {} items", items.len());
             assert!(items.is_sorted_by_key(|item| (item.low, item.id)), "items are in the order of their keys");
             let mut len = items.len();
