@@ -173,11 +173,12 @@ impl Space {
     ///
     /// The ledger's word alone is not enough. `shmdt`, `shmat` with `SHM_REMAP` and `remap_file_pages` end a watch without an event, and where a
     /// mapping is watched as a whole they may do so to pages that nobody is over, so that nobody had to tell of it. One question is the least
-    /// there is: of a page, which is in one mapping, whether that is watched. A longer range may have got a hole, which only the list of
+    /// there is: of a page, which is in one mapping, whether that is watched. It is asked by registering the page once more, which is the
+    /// cheapest way (`benches/README.md`), and watches what has come in silence. A longer range may have got a hole, which only the list of
     /// mappings shows.
     fn is_in_force(&self, range: HostRange, shards: Shards) -> bool {
         match range.pages() {
-            1 => self.uffd_of(shards).is_some_and(|uffd| uffd.watches(range.start())),
+            1 => self.uffd_of(shards).is_some_and(|uffd| uffd.register(range).is_ok()),
             _ => mappings(range).is_ok_and(|mappings| self.are_in_force(&mappings, shards)),
         }
     }

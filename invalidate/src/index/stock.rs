@@ -1,7 +1,7 @@
 //! Nodes that are in no tree: spare ones, and those that a change replaced. Listed through the nodes themselves, so that
 //! nothing is allocated to keep them.
 //!
-//! Nodes are allocated many at a time and freed with the index, so that a large index lies in huge pages: half of what a
+//! Nodes are allocated many at a time and freed with the index, so that a large index lies in huge pages: a quarter of what a
 //! question among 100,000 entries waits for is the address translation of nodes that nobody looked at for a while.
 
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
