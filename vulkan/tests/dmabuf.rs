@@ -18,8 +18,8 @@ use pinfold_core::dmabuf::{BufferSort, CpuAccess, DmaBuf, DmaBufPart, Layout, Of
 use pinfold_core::{HostBuffer, HostBufferKind, HugePages};
 use pinfold_vulkan::watch::{DmaBufEvent, Note, WatchConfig};
 use pinfold_vulkan::{
-    Access, Config, Coverage, Error, Force, Manager, ManualReason, Outcome, Path, State, Support, Timeline, dmabuf,
-    page_size,
+    Access, Config, Coverage, Error, Force, Manager, ManualReason, Outcome, Path, State, Support, Timeline, Userptr,
+    dmabuf, page_size,
 };
 
 fn manager(fixture: &Fixture, config: Config) -> Manager {
@@ -120,6 +120,46 @@ fn a_part_is_exactly_the_part_and_a_part_outside_is_refused() {
     let part = DmaBufPart { buffer, offset: 1, len: 64 };
     let object = manager.register_dmabuf(part, Access::Read, "crooked").unwrap();
     assert!(manager.acquire_timeout(&[&object], GENEROUS).is_err());
+}
+
+#[test]
+fn a_part_of_an_object_over_a_buffer_is_an_object_over_the_same_bytes_at_addresses_of_its_own() {
+    const TEST: &str = "a_part_of_an_object_over_a_buffer_is_an_object_over_the_same_bytes_at_addresses_of_its_own";
+    let Some(fixture) = Fixture::new() else { return };
+    let Some(manager) = importing(TEST, &fixture) else { return };
+    let (host, page) = (host(4), page_size());
+    let (buffer, all) = (exported(&host), bytes_of(&host));
+    // From the second page of the buffer to within its fourth.
+    let of = DmaBufPart { buffer, offset: page as u64, len: (2 * page + 512) as u64 };
+    let whole = manager.register_dmabuf(of, Access::Read, "frame").unwrap();
+    let check = |part: &Userptr, expected: &[u8]| {
+        let lease = manager.acquire_timeout(&[part], GENEROUS).unwrap();
+        let view = lease.view(0);
+        assert_eq!((view.path, view.size), (Path::DmaBuf, expected.len() as u64));
+        assert_eq!(fixture.read(&view, 0, view.size), expected);
+    };
+    let (first, rest) = (whole.part(1..2).unwrap(), whole.part(page + 7..2 * page + 600).unwrap());
+    assert_eq!((first.range().pages(), rest.range().pages()), (1, 2));
+    let ranges = [whole.range(), first.range(), rest.range()];
+    for (at, range) in ranges.iter().enumerate() {
+        let others = ranges.iter().skip(at + 1);
+        assert!(others.filter_map(|other| range.intersection(*other)).next().is_none(), "{ranges:x?}");
+    }
+    check(&first, &all[page..2 * page]);
+    check(&rest, &all[2 * page..3 * page + 512]);
+
+    // Parts count from the part that they are of, and what happens to one is nothing to the others.
+    let of_part = rest.part(page..page + 1).unwrap();
+    check(&of_part, &all[3 * page..3 * page + 512]);
+    manager.invalidate(rest.range()).unwrap();
+    assert_eq!(
+        [&first, &rest, &of_part].map(|part| part.state().unwrap()),
+        [State::Valid, State::Invalid, State::Valid]
+    );
+    drop((whole, rest));
+    check(&first, &all[page..2 * page]);
+    check(&of_part, &all[3 * page..3 * page + 512]);
+    assert!(matches!(of_part.part(0..page + 1).unwrap_err(), Error::Part { .. }));
 }
 
 #[test]
