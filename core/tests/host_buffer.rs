@@ -158,3 +158,35 @@ fn whoever_is_over_the_buffer_is_told_before_it_goes() {
     assert!(space.stats().brackets > before, "by a bracket, which has no open end");
     space.remove(range, 7);
 }
+
+#[test]
+fn a_buffer_that_the_address_space_has_no_room_for_says_so_and_leaves_nothing() {
+    let open_descriptors = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    // In a process of its own, which the limit is for.
+    // SAFETY: the child only makes calls that allocate at worst, which the C library makes legal after a fork, and leaves by _exit.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let before = open_descriptors();
+        let limit = |rlim_cur| {
+            let limit = libc::rlimit { rlim_cur, rlim_max: libc::RLIM_INFINITY };
+            // SAFETY: the call reads `limit`.
+            unsafe { libc::setrlimit(libc::RLIMIT_AS, &raw const limit) };
+        };
+        let make = || HostBuffer::new(16 * page_size(), HostBufferKind::Exportable, HugePages::No);
+        limit(1); // all that is there stays
+        let refused = make().map(drop);
+        limit(libc::RLIM_INFINITY);
+        let said = matches!(&refused, Err(error @ HostBufferError::System { step: "map", .. }) if error.errno() == libc::ENOMEM);
+        let code = match () {
+            () if !said => 1,
+            () if open_descriptors() != before => 2,
+            () => i32::from(make().is_err()) * 3,
+        };
+        // SAFETY: ends the child without running anything of the parent's.
+        unsafe { libc::_exit(code) };
+    }
+    let mut status = 0;
+    // SAFETY: `status` is a live integer that the call writes.
+    assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+    assert_eq!(status, 0, "exit code 1: not refused as it should be, 2: a descriptor is left, 3: refused with room");
+}

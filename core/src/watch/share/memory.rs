@@ -129,3 +129,58 @@ impl Drop for Mapping {
         debug_assert!(unmapped.is_ok());
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use nix::errno::Errno;
+    use pinfold_invalidate::page_size;
+
+    use super::*;
+
+    const SLOTS: usize = 1024;
+
+    fn open_descriptors() -> usize {
+        std::fs::read_dir("/proc/self/fd").unwrap().count()
+    }
+
+    /// Pages of address space in use, asked without taking any.
+    fn pages() -> usize {
+        let mut text = [0; 128];
+        let file = std::fs::File::open("/proc/self/statm").unwrap();
+        let len = nix::unistd::read(&file, &mut text).unwrap();
+        str::from_utf8(&text[..len]).unwrap().split(' ').next().unwrap().parse().unwrap()
+    }
+
+    fn limit(rlim_cur: u64) {
+        let limit = libc::rlimit { rlim_cur, rlim_max: libc::RLIM_INFINITY };
+        // SAFETY: the call reads `limit`.
+        unsafe { libc::setrlimit(libc::RLIMIT_AS, &raw const limit) };
+    }
+
+    /// In a process of its own, which the limits are for: with no room for a mapping, with room for one, with room for both.
+    #[test]
+    fn a_ring_whose_files_can_not_be_mapped_says_so_and_leaves_nothing() {
+        // SAFETY: the child only makes calls that allocate at worst, which the C library makes legal after a fork, and leaves by _exit.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            let records = records_len(SLOTS).div_ceil(page_size());
+            let rounds = [(0, true), (records, true), (records + 1, false)].into_iter().zip(1..);
+            let wrong = rounds.filter(|&((room, is_refused), _)| {
+                let (descriptors, before) = (open_descriptors(), pages());
+                limit(((before + room) * page_size()) as u64);
+                let made = SharedRing::create(SLOTS).map(drop);
+                limit(libc::RLIM_INFINITY);
+                let said = made.as_ref().err().and_then(io::Error::raw_os_error);
+                said != is_refused.then_some(Errno::ENOMEM as i32)
+                    || (open_descriptors(), pages()) != (descriptors, before)
+            });
+            let code = wrong.fold(0, |code, (_, round)| code | 1 << round);
+            // SAFETY: ends the child without running anything of the parent's.
+            unsafe { libc::_exit(code) };
+        }
+        let mut status = 0;
+        // SAFETY: `status` is a live integer that the call writes.
+        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+        assert_eq!(status, 0, "each bit of the exit code is a round that went wrong, the second that of no room");
+    }
+}
