@@ -8,13 +8,14 @@
 //! (all are taken, or there is no such key) is told so, and counts instead. In a forked child the seats of the threads that did not come along stay
 //! taken, with what they said; only the one thread that came uses its own.
 
+use std::cell::Cell;
 use std::ptr;
 
 use super::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 #[cfg(not(loom))]
-use key::{MINE, SEATS, told_at_end};
+use key::{ASKED, MINE, SEATS, told_at_end};
 #[cfg(loom)]
-use model::{MINE, SEATS, told_at_end};
+use model::{ASKED, MINE, SEATS, told_at_end};
 
 /// A look at a filter happens inside a look at a list; deeper ones count.
 const DEPTH: usize = 2;
@@ -27,14 +28,6 @@ struct Seat {
     looking: [AtomicPtr<()>; DEPTH],
 }
 
-/// What a thread knows of its seat.
-#[derive(Clone, Copy)]
-enum Mine {
-    Unasked,
-    None,
-    At(usize),
-}
-
 /// A thread says that it is looking, until this is dropped.
 pub(super) struct Looking {
     place: &'static AtomicPtr<()>,
@@ -44,13 +37,12 @@ impl Looking {
     /// Says that this thread looks at `what`; `None` if it can't be said here. The caller passes [`light`](super::barrier::light) before it looks.
     #[inline]
     pub(super) fn at(what: *const ()) -> Option<Self> {
-        let seat = match MINE.with(std::cell::Cell::get) {
-            Mine::At(seat) => seat,
-            Mine::None => return None,
-            Mine::Unasked => take()?,
+        let seat = match MINE.with(Cell::get) {
+            Some(seat) => seat,
+            None => take()?,
         };
         // Relaxed: written by this thread only.
-        let place = SEATS[seat].looking.iter().find(|place| place.load(Ordering::Relaxed).is_null())?;
+        let place = seat.looking.iter().find(|place| place.load(Ordering::Relaxed).is_null())?;
         // Relaxed: the barrier orders it before the look.
         place.store(what.cast_mut(), Ordering::Relaxed);
         Some(Self { place })
@@ -71,9 +63,12 @@ pub(super) fn is_looked_at(what: *const ()) -> bool {
     SEATS.iter().flat_map(|seat| &seat.looking).any(|place| ptr::eq(place.load(Ordering::Acquire), what))
 }
 
-/// Looks for a seat, once in a thread's life.
+/// Looks for a seat, once in a thread's life. Who found none stays without.
 #[cold]
-fn take() -> Option<usize> {
+fn take() -> Option<&'static Seat> {
+    if ASKED.with(|asked| asked.replace(true)) {
+        return None;
+    }
     // Acquire: pairs with the Release of who had the seat before: its looks are over.
     let free = |seat: &Seat| seat.taken.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok();
     let seat = SEATS.iter().position(free);
@@ -84,7 +79,8 @@ fn take() -> Option<usize> {
         }
         told
     });
-    MINE.with(|mine| mine.set(seat.map_or(Mine::None, Mine::At)));
+    let seat = seat.map(|seat| &SEATS[seat]);
+    MINE.with(|mine| mine.set(seat));
     seat
 }
 
@@ -104,7 +100,7 @@ mod key {
     use std::ptr;
     use std::sync::OnceLock;
 
-    use super::{AtomicBool, AtomicPtr, DEPTH, Mine, Seat, leave};
+    use super::{AtomicBool, AtomicPtr, DEPTH, Seat, leave};
 
     /// 8 KiB. Threads that post at the same time are the workers, the monitor, and the engine's own.
     pub(super) static SEATS: [Seat; 64] =
@@ -113,7 +109,9 @@ mod key {
 
     thread_local! {
         /// Has no destructor and a constant start, so touching it doesn't allocate.
-        pub(super) static MINE: Cell<Mine> = const { Cell::new(Mine::Unasked) };
+        pub(super) static MINE: Cell<Option<&'static Seat>> = const { Cell::new(None) };
+        /// Whether this thread has looked for a seat.
+        pub(super) static ASKED: Cell<bool> = const { Cell::new(false) };
     }
 
     /// The key whose destructor gives a seat back; `None` if its values would be allocated.
@@ -142,7 +140,7 @@ mod key {
 
     extern "C" fn thread_ends(value: *mut libc::c_void) {
         // A destructor that comes later and posts has to count.
-        MINE.set(Mine::None);
+        MINE.set(None);
         leave(value.addr() - 1);
     }
 }
@@ -153,7 +151,7 @@ mod model {
     use std::cell::Cell;
     use std::ptr;
 
-    use super::{AtomicBool, AtomicPtr, Mine, Seat};
+    use super::{AtomicBool, AtomicPtr, Seat};
 
     loom::lazy_static! {
         /// Fewer than threads, so that some have to count.
@@ -164,7 +162,8 @@ mod model {
     }
 
     loom::thread_local! {
-        pub(super) static MINE: Cell<Mine> = Cell::new(Mine::Unasked);
+        pub(super) static MINE: Cell<Option<&'static Seat>> = Cell::new(None);
+        pub(super) static ASKED: Cell<bool> = Cell::new(false);
     }
 
     pub(in super::super) fn prepare() {}

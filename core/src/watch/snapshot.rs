@@ -58,13 +58,27 @@ impl<T: Send + Sync> Snapshot<T> {
         if self.current.load(Ordering::Relaxed).is_null() {
             return None;
         }
-        let what = ptr::from_ref(self).cast();
-        let _looking = Looking::at(what).ok_or_else(|| Counted::enter(&self.readers));
+        match Looking::at(ptr::from_ref(self).cast()) {
+            Some(_looking) => self.look(look),
+            None => self.read_counted(look),
+        }
+    }
+
+    /// The same without a seat.
+    #[cold]
+    fn read_counted<R>(&self, look: impl FnOnce(&T) -> R) -> Option<R> {
+        let _counted = Counted::enter(&self.readers);
+        self.look(look)
+    }
+
+    /// The caller has said that it looks, and does until this is over.
+    #[inline]
+    fn look<R>(&self, look: impl FnOnce(&T) -> R) -> Option<R> {
         barrier::light();
         // Acquire: pairs with the swap in `replace`; who sees the pointer sees the value.
         let current = self.current.load(Ordering::Acquire);
         // SAFETY: the pointer is null or from `Box::into_raw`. A value that was current after this thread had said that it looks, and passed the
-        // barrier, is freed only after a look around that follows its replacement and a barrier, and finds nobody: not before `_looking` is dropped.
+        // barrier, is freed only after a look around that follows its replacement and a barrier, and finds nobody: not before the caller takes back its word.
         let value = unsafe { current.as_ref() };
         value.map(look)
     }
@@ -115,7 +129,6 @@ impl<T> Drop for Snapshot<T> {
 struct Counted<'a>(&'a AtomicUsize);
 
 impl<'a> Counted<'a> {
-    #[cold]
     fn enter(readers: &'a AtomicUsize) -> Self {
         // Relaxed: the barrier that follows orders it before the look.
         readers.fetch_add(1, Ordering::Relaxed);
