@@ -189,9 +189,27 @@ impl Watch {
     }
 }
 
+/// What posts walk: a copy of a list's watches.
+struct Posted {
+    /// Those that hear of every object.
+    of_all: Box<[Watch]>,
+    /// The others, sorted by scope.
+    of_one: Box<[Watch]>,
+}
+
+impl Posted {
+    /// The half of a post for the watches of one object. Not inlined, as most lists have none.
+    #[inline(never)]
+    fn offer_to_those_of(&self, object: u64, record: &Record) {
+        let first = self.of_one.partition_point(|watch| watch.scope < Scope::Object(object));
+        let these = self.of_one[first..].iter().take_while(|watch| watch.scope == Scope::Object(object));
+        these.for_each(|watch| watch.queue.offer(object, record, watch.tag));
+    }
+}
+
 pub(super) struct ListInner {
-    /// What posts walk: a copy of `watches`, or nothing if there are none.
-    posted_to: Snapshot<Vec<Watch>>,
+    /// What posts walk, or nothing if there are no watches.
+    posted_to: Snapshot<Posted>,
     /// Sorted by scope. The list's lock: comes before a queue's.
     watches: Mutex<Vec<Watch>>,
     release: Option<Box<Release>>,
@@ -199,13 +217,10 @@ pub(super) struct ListInner {
 
 impl ListInner {
     fn post(&self, object: u64, record: &Record) {
-        self.posted_to.read(|watches| {
-            let everything = watches.partition_point(|watch| watch.scope == Scope::All);
-            let (all, rest) = watches.split_at(everything);
-            let first = rest.partition_point(|watch| watch.scope < Scope::Object(object));
-            let these = rest[first..].iter().take_while(|watch| watch.scope == Scope::Object(object));
-            for watch in all.iter().chain(these) {
-                watch.queue.offer(object, record, watch.tag);
+        self.posted_to.read(|posted| {
+            posted.of_all.iter().for_each(|watch| watch.queue.offer(object, record, watch.tag));
+            if !posted.of_one.is_empty() {
+                posted.offer_to_those_of(object, record);
             }
         });
     }
@@ -268,8 +283,11 @@ impl ListInner {
         self.remove(|watch| watch.is(queue, scope), |_| None);
     }
 
-    fn publish(&self, watches: &[Watch]) -> Garbage<Vec<Watch>> {
-        self.posted_to.replace((!watches.is_empty()).then(|| Box::new(watches.to_vec())))
+    fn publish(&self, watches: &[Watch]) -> Garbage<Posted> {
+        self.posted_to.replace((!watches.is_empty()).then(|| {
+            let (of_all, of_one) = watches.split_at(watches.partition_point(|watch| watch.scope == Scope::All));
+            Box::new(Posted { of_all: of_all.into(), of_one: of_one.into() })
+        }))
     }
 }
 

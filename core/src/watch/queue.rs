@@ -483,23 +483,34 @@ impl QueueInner {
     /// Puts a record in, with this tag, if filter and policy let it. Never waits, allocates or frees.
     #[inline]
     pub(super) fn offer(&self, object: u64, record: &Record, tag: u8) {
-        if record.kind() != TYPE_META && self.filter.read(|filter| filter.passes(record, tag)) == Some(false) {
-            self.filtered.fetch_add(1, Ordering::Relaxed);
-            return;
-        }
-        if self.policy.as_ref().is_some_and(|policy| !policy(object, &record.with_tag(tag))) {
-            self.denied.fetch_add(1, Ordering::Relaxed);
-            return;
-        }
-        if self.strict && self.ring.limit().is_none() {
-            // The kernel forgets these without a mark.
-            self.ring.count_lost();
+        // Most queues let everything in, and then this is all there is to it.
+        if (self.filter.is_some() || self.policy.is_some() || self.strict) && !self.wants(object, record, tag) {
             return;
         }
         self.store(record, tag);
     }
 
-    #[inline]
+    /// Whether filter and policy let the record in. If not, it is counted.
+    #[inline(never)]
+    fn wants(&self, object: u64, record: &Record, tag: u8) -> bool {
+        if record.kind() != TYPE_META && self.filter.read(|filter| filter.passes(record, tag)) == Some(false) {
+            self.filtered.fetch_add(1, Ordering::Relaxed);
+            return false;
+        }
+        if self.policy.as_ref().is_some_and(|policy| !policy(object, &record.with_tag(tag))) {
+            self.denied.fetch_add(1, Ordering::Relaxed);
+            return false;
+        }
+        if self.strict && self.ring.limit().is_none() {
+            // The kernel forgets these without a mark.
+            self.ring.count_lost();
+            return false;
+        }
+        true
+    }
+
+    /// Not inlined: in a loop over watches the compiler would prepare all that might be needed of the record, and spill it.
+    #[inline(never)]
     fn store(&self, record: &Record, tag: u8) {
         match self.ring.push_or_mark_lost(record, tag) {
             Push::Stored => self.call(),
