@@ -29,17 +29,18 @@ fn ring(limit: usize) -> Arc<Ring> {
 
 /// Takes what is there: a number, or `None` for a loss.
 fn take(ring: &Ring) -> Option<Option<u64>> {
-    let next = ring.next();
+    let reader = ring.reader();
+    let next = reader.next();
     if next.lost {
-        ring.report_loss(next.position);
+        reader.report_loss(next.position);
         return Some(None);
     }
     if !next.record {
         return None;
     }
     let mut out = [0; 16];
-    assert_eq!(ring.copy(next.position, &mut out), Ok(16), "torn");
-    ring.advance(next.position);
+    assert_eq!(reader.copy(next.position, &mut out), Ok(16), "torn");
+    reader.advance(next.position);
     Some(Some(Record::from_bytes(&out).expect("torn").u64_at(8)))
 }
 

@@ -512,17 +512,14 @@ impl QueueInner {
     /// Not inlined: in a loop over watches the compiler would prepare all that might be needed of the record, and spill it.
     #[inline(never)]
     fn store(&self, record: &Record, tag: u8) {
-        match self.ring.push_or_mark_lost(record, tag) {
-            Push::Stored => self.call(),
-            Push::Full(_) => {
-                self.ring.count_lost();
-                // The kernel doesn't wake for a loss.
-                if !self.strict {
-                    self.call();
-                }
-            }
-            Push::Covered => self.ring.count_lost(),
-            Push::Defunct => {}
+        let tell = match self.ring.push_or_mark_lost(record, tag) {
+            Push::Stored => true,
+            // The kernel doesn't wake for a loss.
+            Push::Full(_) => !self.strict,
+            Push::Covered | Push::Defunct => false,
+        };
+        if tell {
+            self.call();
         }
     }
 
@@ -568,7 +565,8 @@ impl QueueInner {
 
     /// The caller holds the reader's lock.
     fn read(&self, out: &mut [u8], records: usize) -> Result<usize, ReadError> {
-        let pending = self.ring.usage().1;
+        let ring = self.ring.reader();
+        let pending = ring.usage().1;
         let high_water = &self.reading.0.high_water;
         // Relaxed: a count that only the lock's holder writes.
         if pending > high_water.load(Ordering::Relaxed) {
@@ -577,14 +575,14 @@ impl QueueInner {
         let mut total = 0;
         for _ in 0..records {
             let left = &mut out[total..];
-            let next = self.ring.next();
+            let next = ring.next();
             // The kernel keeps a loss after the last record for a read that finds nothing before it.
             let copied = if next.lost && (next.record || !self.strict || total == 0) {
-                copy(&Record::loss(), left).inspect(|_| self.ring.report_loss(next.position))
+                copy(&Record::loss(), left).inspect(|_| ring.report_loss(next.position))
             } else if self.removal_before(next.position) {
                 self.copy_removal(left)
             } else if next.record {
-                self.ring.copy(next.position, left).inspect(|_| self.ring.advance(next.position))
+                ring.copy(next.position, left).inspect(|_| ring.advance(next.position))
             } else if total > 0 || next.end {
                 return Ok(total);
             } else {

@@ -78,13 +78,42 @@ impl Slots {
     }
 
     #[inline]
-    fn at(&self, position: u64) -> &Slot {
-        let slots = match &self.memory {
-            Memory::Owned(slots) => slots,
+    fn view(&self) -> View<'_> {
+        match &self.memory {
+            Memory::Owned(slots) => View { slots },
             #[cfg(not(loom))]
-            Memory::Shared(shared) => shared.slots(),
-        };
-        &slots[position as usize & (slots.len() - 1)]
+            Memory::Shared(shared) => View { slots: shared.slots() },
+        }
+    }
+}
+
+/// Slots, wherever they are. Found once for all that a post or a read does: the compiler can't know that they stay where they are.
+#[derive(Debug, Clone, Copy)]
+struct View<'a> {
+    slots: &'a [Slot],
+}
+
+impl<'a> View<'a> {
+    #[inline]
+    fn at(self, position: u64) -> &'a Slot {
+        &self.slots[position as usize & (self.slots.len() - 1)]
+    }
+
+    /// Copies the record of a committed slot to the front of `out`; its length comes back either way. For a [`Reader`].
+    #[inline]
+    fn copy_out(self, slot: &Slot, out: &mut [u8]) -> Result<usize, usize> {
+        // Relaxed: the load of `commit` ordered the bytes before it, and the slot isn't written again until `tail` has moved.
+        let len = super::record::length_field(&slot.words[0].load(Ordering::Relaxed).to_ne_bytes());
+        let Some(out) = out.get_mut(..len) else { return Err(len) };
+        let word = |index: usize| slot.words[index].load(Ordering::Relaxed).to_ne_bytes();
+        let (whole, rest) = out.as_chunks_mut::<8>();
+        for (index, bytes) in whole.iter_mut().enumerate() {
+            *bytes = word(index);
+        }
+        if !rest.is_empty() {
+            rest.copy_from_slice(&word(len / 8)[..len % 8]);
+        }
+        Ok(len)
     }
 }
 
@@ -175,42 +204,32 @@ impl Ring {
         Self { words: Words::Shared(shared), seen: Line(AtomicU64::new(0)), slots: OnceLock::from(slots) }
     }
 
+    /// Where the words are. Asked once for all that a post or a read does, as the compiler can't know that the answer stays the same.
     #[inline]
-    fn head(&self) -> &AtomicU64 {
-        &self.writer().head.0
-    }
-
-    #[inline]
-    fn tail(&self) -> &AtomicU64 {
-        &self.reader().tail.0
-    }
-
-    #[inline]
-    fn writer(&self) -> &WriterWords {
+    fn words(&self) -> (&WriterWords, &ReaderWords) {
         match &self.words {
-            Words::Owned(words) => &words.0,
+            Words::Owned(words) => (&words.0, &words.1),
             #[cfg(not(loom))]
-            Words::Shared(shared) => shared.writer(),
+            Words::Shared(shared) => (shared.writer(), shared.reader()),
         }
     }
 
+    /// The reader's half of the ring, found once for all steps of a read.
+    /// The caller holds the reader's lock, but for looking only.
     #[inline]
-    fn reader(&self) -> &ReaderWords {
-        match &self.words {
-            Words::Owned(words) => &words.1,
-            #[cfg(not(loom))]
-            Words::Shared(shared) => shared.reader(),
-        }
+    pub(super) fn reader(&self) -> Reader<'_> {
+        let (writer, reader) = self.words();
+        Reader { head: &writer.head.0, tail: &reader.tail.0, slots: self.slots.get().map(Slots::view) }
     }
 
-    /// Counts a record that found no room.
+    /// Counts a record that is lost without a mark.
     pub(super) fn count_lost(&self) {
-        self.writer().lost.0.fetch_add(1, Ordering::Relaxed);
+        self.words().0.lost.0.fetch_add(1, Ordering::Relaxed);
     }
 
     /// How many records found no room.
     pub(super) fn lost(&self) -> u64 {
-        self.writer().lost.0.load(Ordering::Relaxed)
+        self.words().0.lost.0.load(Ordering::Relaxed)
     }
 
     /// Gives the ring its slots, once; gives them back if it has some.
@@ -223,31 +242,34 @@ impl Ring {
     }
 
     /// Stores a removal record, for which the reserve is kept. If even that is full, nothing is stored and nothing marked.
-    #[inline]
     pub(super) fn push_removal(&self, record: &Record, tag: u8) -> Push {
         self.push_or(record, tag, false)
     }
 
-    /// Stores a record with this tag, or marks its loss.
+    /// Stores a record with this tag, or marks its loss and counts it.
     #[inline]
     pub(super) fn push_or_mark_lost(&self, record: &Record, tag: u8) -> Push {
         self.push_or(record, tag, true)
     }
 
-    #[inline]
+    // Always: both callers know `mark`, and a good part of this is for one of them.
+    #[inline(always)]
     fn push_or(&self, record: &Record, tag: u8, mark: bool) -> Push {
+        let (writer, reader) = self.words();
+        let (at_head, tail) = (&writer.head.0, &reader.tail.0);
         // Acquire: what the threads did that moved `head` here, to set a flag or to take the position before ours.
-        let mut head = self.head().load(Ordering::Acquire);
+        let mut head = at_head.load(Ordering::Acquire);
         loop {
             if head & DEFUNCT != 0 {
                 return Push::Defunct;
             }
             let position = head >> HEAD_SHIFT;
             let slots = self.slots.get();
-            let room = slots
-                .map_or(Room::Full, |slots| self.room(position, slots.limit + if mark { 0 } else { slots.reserve }));
+            let room = slots.map_or(Room::Full, |slots| {
+                self.room(position, slots.limit + if mark { 0 } else { slots.reserve }, tail)
+            });
             if room == Room::Stale {
-                let now = self.head().load(Ordering::Acquire);
+                let now = at_head.load(Ordering::Acquire);
                 if now != head {
                     head = now;
                     continue;
@@ -258,21 +280,27 @@ impl Ring {
                 if !mark {
                     return Push::Full(position);
                 }
-                if head & LOST != 0 {
+                let push = if head & LOST != 0 {
                     // The ring was full after `head` was read, so the mark wasn't reported before that.
-                    return Push::Covered;
-                }
-                // Relaxed: the reader takes nothing from it. If `head` has moved meanwhile, there may be room again.
-                match self.head().compare_exchange_weak(head, head | LOST, Ordering::Relaxed, Ordering::Acquire) {
-                    Ok(_) => return Push::Full(position),
-                    Err(now) => head = now,
-                }
-                continue;
+                    Push::Covered
+                } else {
+                    // Relaxed: the reader takes nothing from it. If `head` has moved meanwhile, there may be room again.
+                    match at_head.compare_exchange_weak(head, head | LOST, Ordering::Relaxed, Ordering::Acquire) {
+                        Ok(_) => Push::Full(position),
+                        Err(now) => {
+                            head = now;
+                            continue;
+                        }
+                    }
+                };
+                writer.lost.0.fetch_add(1, Ordering::Relaxed);
+                return push;
             };
             let next = (position + 1) << HEAD_SHIFT;
             // AcqRel: chains the posts, so that whoever takes position p has seen all that was before p.
-            match self.head().compare_exchange_weak(head, next, Ordering::AcqRel, Ordering::Acquire) {
+            match at_head.compare_exchange_weak(head, next, Ordering::AcqRel, Ordering::Acquire) {
                 Ok(_) => {
+                    let slots = slots.view();
                     let slot = slots.at(position);
                     fill(slot, record, tag);
                     let commit = (position + 1) << 1 | if head & LOST != 0 { LOST_BEFORE } else { 0 };
@@ -287,13 +315,13 @@ impl Ring {
 
     /// Whether `position` lies within `limit` of the reader's position.
     #[inline]
-    fn room(&self, position: u64, limit: u64) -> Room {
+    fn room(&self, position: u64, limit: u64, tail: &AtomicU64) -> Room {
         // Acquire: whoever stored `seen` had seen the reader leave the slot. A position behind it wraps to a huge difference.
         if position.wrapping_sub(self.seen.0.load(Ordering::Acquire)) < limit {
             return Room::Free;
         }
         // Acquire: the reader has left the slots before its position.
-        let tail = self.tail().load(Ordering::Acquire) >> 1;
+        let tail = tail.load(Ordering::Acquire) >> 1;
         if tail > position {
             return Room::Stale;
         }
@@ -307,32 +335,52 @@ impl Ring {
     /// Refuses every post from now on.
     pub(super) fn close(&self) {
         // Release: who sees the end sees what was before it.
-        self.head().fetch_or(DEFUNCT, Ordering::Release);
+        self.words().0.head.0.fetch_or(DEFUNCT, Ordering::Release);
     }
 
     pub(super) fn is_defunct(&self) -> bool {
         // Relaxed: an early answer; a post decides by its own compare-exchange.
-        self.head().load(Ordering::Relaxed) & DEFUNCT != 0
+        self.words().0.head.0.load(Ordering::Relaxed) & DEFUNCT != 0
     }
 
+    /// See [`Reader::usage`].
+    pub(super) fn usage(&self) -> (u64, u64) {
+        self.reader().usage()
+    }
+
+    /// See [`Reader::next`].
+    pub(super) fn next(&self) -> Next {
+        self.reader().next()
+    }
+}
+
+/// The reader's half of a ring.
+#[derive(Debug)]
+pub(super) struct Reader<'a> {
+    head: &'a AtomicU64,
+    tail: &'a AtomicU64,
+    slots: Option<View<'a>>,
+}
+
+impl Reader<'_> {
     /// Records stored so far, and records that are stored now.
     #[inline]
     pub(super) fn usage(&self) -> (u64, u64) {
         // The tail first: it only grows, so the difference is never negative. Acquire keeps the two loads in this order.
-        let tail = self.tail().load(Ordering::Acquire) >> 1;
-        let head = self.head().load(Ordering::Relaxed) >> HEAD_SHIFT;
+        let tail = self.tail.load(Ordering::Acquire) >> 1;
+        let head = self.head.load(Ordering::Relaxed) >> HEAD_SHIFT;
         (head, head.saturating_sub(tail))
     }
 
-    /// Looks at the reader's position. The caller holds the reader's lock, or only wants to know whether a read would find something.
+    /// Looks at the reader's position.
     #[inline]
     pub(super) fn next(&self) -> Next {
         // Acquire: a caller without the lock must not see a slot older than the position.
-        let tail = self.tail().load(Ordering::Acquire);
+        let tail = self.tail.load(Ordering::Acquire);
         let (position, reported) = (tail >> 1, tail & REPORTED != 0);
-        let Some(slots) = self.slots.get() else {
+        let Some(slots) = self.slots else {
             // Nothing can be read before there are slots, not even the mark of what was lost so far: more may be lost at this very position.
-            let end = self.is_defunct();
+            let end = self.head.load(Ordering::Relaxed) & DEFUNCT != 0;
             return Next { position, lost: false, record: false, end };
         };
         // Acquire: the record's bytes.
@@ -340,43 +388,29 @@ impl Ring {
         if commit >> 1 == position + 1 {
             return Next { position, lost: commit & LOST_BEFORE != 0 && !reported, record: true, end: false };
         }
-        let head = self.head().load(Ordering::Acquire);
+        let head = self.head.load(Ordering::Acquire);
         let last = head >> HEAD_SHIFT == position;
         Next { position, lost: last && head & LOST != 0 && !reported, record: false, end: last && head & DEFUNCT != 0 }
     }
 
     /// Copies the record at the reader's position to the front of `out`. Answers its length, or nothing copied if `out` is too short.
     ///
-    /// The caller holds the reader's lock and [`next`](Self::next) has said that there is a record.
-    #[inline]
+    /// [`next`](Self::next) has said that there is a record.
     pub(super) fn copy(&self, position: u64, out: &mut [u8]) -> Result<usize, usize> {
-        let slot = self.slots.get().expect("a ring that holds a record has slots").at(position);
-        let mut header = [0; HEADER_LEN];
-        header.copy_from_slice(&slot.words[0].load(Ordering::Relaxed).to_ne_bytes());
-        let len = super::record::length_field(&header);
-        let Some(out) = out.get_mut(..len) else { return Err(len) };
-        // Relaxed: the load of `commit` ordered the bytes before it, and the slot isn't written again until `advance`.
-        let word = |index: usize| slot.words[index].load(Ordering::Relaxed).to_ne_bytes();
-        let (whole, rest) = out.as_chunks_mut::<8>();
-        for (index, bytes) in whole.iter_mut().enumerate() {
-            *bytes = word(index);
-        }
-        if !rest.is_empty() {
-            rest.copy_from_slice(&word(len / 8)[..len % 8]);
-        }
-        Ok(len)
+        let slots = self.slots.expect("a ring that holds a record has slots");
+        slots.copy_out(slots.at(position), out)
     }
 
-    /// Frees the slot of this position. The caller holds the reader's lock.
+    /// Frees the slot of this position, which is the reader's.
     #[inline]
     pub(super) fn advance(&self, position: u64) {
         // Release: pairs with the Acquire in `room`; the bytes were copied out before the slot may be filled again.
-        self.tail().store((position + 1) << 1, Ordering::Release);
+        self.tail.store((position + 1) << 1, Ordering::Release);
     }
 
-    /// Remembers that the loss before this position is reported. The caller holds the reader's lock.
+    /// Remembers that the loss before this position, which is the reader's, is reported.
     pub(super) fn report_loss(&self, position: u64) {
-        self.tail().store(position << 1 | REPORTED, Ordering::Release);
+        self.tail.store(position << 1 | REPORTED, Ordering::Release);
     }
 }
 

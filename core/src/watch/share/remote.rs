@@ -240,20 +240,20 @@ impl Remote {
     }
 
     fn copy(&self, out: &mut [u8], records: usize, ended: &mut bool) -> Result<usize, ReadError> {
-        let mut total = 0;
+        let (ring, mut total) = (self.ring.reader(), 0);
         for _ in 0..records {
             let left = &mut out[total..];
-            let next = self.ring.next();
+            let next = ring.next();
             let copied = if next.lost {
                 let loss = Record::loss();
                 let bytes = loss.bytes();
                 left.get_mut(..bytes.len()).ok_or(bytes.len()).map(|left| {
                     left.copy_from_slice(bytes);
-                    self.ring.report_loss(next.position);
+                    ring.report_loss(next.position);
                     bytes.len()
                 })
             } else if next.record {
-                self.ring.copy(next.position, left).inspect(|_| self.ring.advance(next.position))
+                ring.copy(next.position, left).inspect(|_| ring.advance(next.position))
             } else {
                 *ended |= next.end;
                 break;
