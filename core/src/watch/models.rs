@@ -27,21 +27,24 @@ fn ring(limit: usize) -> Arc<Ring> {
     Arc::new(ring)
 }
 
-/// Takes what is there: a number, or `None` for a loss.
+/// Takes what is there, as a read does: a number, or `None` for a loss.
 fn take(ring: &Ring) -> Option<Option<u64>> {
-    let reader = ring.reader();
-    let next = reader.next();
-    if next.lost {
-        reader.report_loss(next.position);
-        return Some(None);
+    let (reader, mut out) = (ring.reader(), [0; 16]);
+    let copied = reader.take(&mut out, || false).or_else(|| {
+        let next = reader.next();
+        if next.lost {
+            reader.report_loss(next.position);
+            return Some(Ok(0));
+        }
+        next.record.then(|| reader.copy(next.position, &mut out).inspect(|_| reader.advance(next.position)))
+    })?;
+    match copied {
+        Ok(0) => Some(None),
+        copied => {
+            assert_eq!(copied, Ok(16), "torn");
+            Some(Some(Record::from_bytes(&out).expect("torn").u64_at(8)))
+        }
     }
-    if !next.record {
-        return None;
-    }
-    let mut out = [0; 16];
-    assert_eq!(reader.copy(next.position, &mut out), Ok(16), "torn");
-    reader.advance(next.position);
-    Some(Some(Record::from_bytes(&out).expect("torn").u64_at(8)))
 }
 
 #[test]

@@ -17,14 +17,14 @@ use super::limit::WatchLimit;
 use super::list::{ListInner, Scope};
 use super::note::Note;
 use super::record::{HEADER_LEN, MAX_RECORD_LEN, Record, TYPE_META};
-use super::ring::{Line, Push, Ring, Slots};
+use super::ring::{Line, Push, Reader, Ring, Slots};
 #[cfg(not(loom))]
 use super::share::Caller;
 use super::signal::Signal;
 use super::snapshot::Snapshot;
 use super::sync::atomic::{AtomicUsize, Ordering};
 use super::sync::{Mutex, lock};
-use super::turn::Turn;
+use super::turn::{Taken, Turn};
 
 /// Slots come in groups of this many: a page of 128-byte slots in the kernel, whatever the page size is here.
 const SLOT_GROUP: usize = 32;
@@ -250,11 +250,12 @@ impl WatchQueue {
         self.read_at_most(out, usize::MAX)
     }
 
+    #[inline]
     fn read_at_most(&self, out: &mut [u8], records: usize) -> Result<usize, ReadError> {
-        let _turn = self.inner.reading.0.turn.take();
-        let read = self.inner.read(out, records);
+        let turn = self.inner.reading.0.turn.take();
+        let read = self.inner.read(&turn, out, records);
         if self.inner.bell().is_level() {
-            self.inner.bell().arm(|| self.inner.readable());
+            self.inner.arm();
         }
         read
     }
@@ -313,7 +314,7 @@ impl WatchQueue {
     /// For [`Wake::OnDemand`]: read until [`ReadError::Empty`], arm, and wait only if this answers false.
     pub fn arm(&self) -> bool {
         let _turn = self.inner.reading.0.turn.take();
-        self.inner.bell().arm(|| self.inner.readable())
+        self.inner.arm()
     }
 
     /// The queue goes away: no post reaches it any more, and it watches nothing any more. What it holds can still be read; then a read answers 0.
@@ -355,7 +356,7 @@ impl AsFd for WatchQueue {
         if inner.wake == Wake::Level && !inner.bell().is_level() {
             let _turn = inner.reading.0.turn.take();
             inner.bell().keep_level();
-            inner.bell().arm(|| inner.readable());
+            inner.arm();
         }
         inner.bell().signal().as_fd()
     }
@@ -452,12 +453,19 @@ impl QueueInner {
     }
 
     /// The bell of a queue that is read in this process, as every [`WatchQueue`] is.
+    #[inline]
     fn bell(&self) -> &Bell {
         match &self.wakeup {
             Wakeup::Bell(bell) => bell,
             #[cfg(not(loom))]
             Wakeup::Caller(_) => unreachable!("a queue that another process reads has no reader here"),
         }
+    }
+
+    /// Arms the bell; see [`Bell::arm`]. The caller holds the reader's lock. Not inlined: most queues' descriptors are polled by nobody.
+    #[inline(never)]
+    fn arm(&self) -> bool {
+        self.bell().arm(|| self.readable())
     }
 
     /// Wakes the reader if it wants to be woken. The caller has just published something.
@@ -552,9 +560,14 @@ impl QueueInner {
 
     /// Whether a removal record belongs before this position.
     fn removal_before(&self, position: u64) -> bool {
+        self.removals_wait() && lock(&self.removals).front().is_some_and(|&(before, _)| before <= position)
+    }
+
+    /// Whether there is any removal record.
+    #[inline]
+    fn removals_wait(&self) -> bool {
         // Acquire: pairs with the Release in `announce_removal`.
         self.removals_waiting.load(Ordering::Acquire) > 0
-            && lock(&self.removals).front().is_some_and(|&(before, _)| before <= position)
     }
 
     /// Whether a read would find something. In strict mode a loss after the last record doesn't count, as in the kernel.
@@ -563,40 +576,73 @@ impl QueueInner {
         next.record || next.end || (next.lost && !self.strict) || self.removal_before(next.position)
     }
 
-    /// The caller holds the reader's lock.
-    fn read(&self, out: &mut [u8], records: usize) -> Result<usize, ReadError> {
-        let ring = self.ring.reader();
+    /// The ring's reading half, for as long as it is the caller's turn: this queue's.
+    #[inline]
+    fn reader<'a>(&'a self, _: &'a Taken<'_>) -> Reader<'a> {
+        self.ring.reader()
+    }
+
+    /// See [`WatchQueue::read`]; of this many records at most, which is at least one.
+    #[inline]
+    fn read(&self, turn: &Taken<'_>, out: &mut [u8], records: usize) -> Result<usize, ReadError> {
+        let ring = self.reader(turn);
         let pending = ring.usage().1;
         let high_water = &self.reading.0.high_water;
         // Relaxed: a count that only the lock's holder writes.
         if pending > high_water.load(Ordering::Relaxed) {
             high_water.store(pending, Ordering::Relaxed);
         }
-        let mut total = 0;
+        // What doesn't fit stays, and is found again.
+        let Some(Ok(len)) = ring.take(out, || self.removals_wait()) else {
+            return self.read_on(turn, out, 0, records);
+        };
+        // No record is shorter than its header: don't look for one that can't fit.
+        if out.len() - len < HEADER_LEN {
+            return Ok(len);
+        }
+        self.read_on(turn, out, len, records - 1)
+    }
+
+    /// Goes on with a read that has `total` bytes. Apart, so that a read of one record has no loop to prepare for.
+    #[inline(never)]
+    fn read_on(&self, turn: &Taken<'_>, out: &mut [u8], mut total: usize, records: usize) -> Result<usize, ReadError> {
+        let ring = self.reader(turn);
         for _ in 0..records {
             let left = &mut out[total..];
-            let next = ring.next();
-            // The kernel keeps a loss after the last record for a read that finds nothing before it.
-            let copied = if next.lost && (next.record || !self.strict || total == 0) {
-                copy(&Record::loss(), left).inspect(|_| ring.report_loss(next.position))
-            } else if self.removal_before(next.position) {
-                self.copy_removal(left)
-            } else if next.record {
-                ring.copy(next.position, left).inspect(|_| ring.advance(next.position))
-            } else if total > 0 || next.end {
-                return Ok(total);
-            } else {
-                return Err(ReadError::Empty);
+            let copied = match ring.take(left, || self.removals_wait()) {
+                Some(copied) => copied,
+                None => match self.take_other(&ring, left, total) {
+                    Ok(copied) => copied,
+                    Err(end) if total > 0 || end => return Ok(total),
+                    Err(_) => return Err(ReadError::Empty),
+                },
             };
             match copied {
-                // No record is shorter than its header: don't look for one that can't fit.
-                Ok(len) if left.len() - len < HEADER_LEN => return Ok(total + len),
                 Ok(len) => total += len,
                 Err(_) if total > 0 => return Ok(total),
-                Err(needed) => return Err(ReadError::NoBuffer { needed, given: left.len() }),
+                Err(needed) => return Err(ReadError::NoBuffer { needed, given: out.len() }),
+            }
+            if out.len() - total < HEADER_LEN {
+                break;
             }
         }
         Ok(total)
+    }
+
+    /// A step of a read that finds anything but just a record. If there is nothing, the error says whether nothing will ever come.
+    #[cold]
+    fn take_other(&self, ring: &Reader<'_>, out: &mut [u8], total: usize) -> Result<Result<usize, usize>, bool> {
+        let next = ring.next();
+        // The kernel keeps a loss after the last record for a read that finds nothing before it.
+        if next.lost && (next.record || !self.strict || total == 0) {
+            Ok(copy(&Record::loss(), out).inspect(|_| ring.report_loss(next.position)))
+        } else if self.removal_before(next.position) {
+            Ok(self.copy_removal(out))
+        } else if next.record {
+            Ok(ring.copy(next.position, out).inspect(|_| ring.advance(next.position)))
+        } else {
+            Err(next.end)
+        }
     }
 
     /// Takes the first removal record. Only a reader takes any, so there is one still.

@@ -393,6 +393,28 @@ impl Reader<'_> {
         Next { position, lost: last && head & LOST != 0 && !reported, record: false, end: last && head & DEFUNCT != 0 }
     }
 
+    /// Takes the record at the reader's position to the front of `out`, if it is there and nothing is lost before it: what a read nearly always finds, in as few
+    /// steps as can be. Otherwise `None`, and [`next`](Self::next) says what there is; also if `before`, asked once the record was seen, says that something
+    /// goes before it. Answers the record's length, or nothing taken if `out` is too short.
+    #[inline]
+    pub(super) fn take(&self, out: &mut [u8], before: impl FnOnce() -> bool) -> Option<Result<usize, usize>> {
+        // Relaxed: nobody else writes it.
+        let tail = self.tail.load(Ordering::Relaxed);
+        let slots = self.slots?;
+        let slot = slots.at(tail >> 1);
+        let after = (tail | REPORTED) + 1;
+        // Acquire: the record's bytes. Equal to the next position's `tail`, so committed and without `LOST_BEFORE`.
+        if slot.commit.load(Ordering::Acquire) != after || before() {
+            return None;
+        }
+        let copied = slots.copy_out(slot, out);
+        if copied.is_ok() {
+            // Release: as in `advance`.
+            self.tail.store(after, Ordering::Release);
+        }
+        Some(copied)
+    }
+
     /// Copies the record at the reader's position to the front of `out`. Answers its length, or nothing copied if `out` is too short.
     ///
     /// [`next`](Self::next) has said that there is a record.
