@@ -579,7 +579,8 @@ impl QueueInner {
     /// The ring's reading half, for as long as it is the caller's turn: this queue's.
     #[inline]
     fn reader<'a>(&'a self, _: &'a Taken<'_>) -> Reader<'a> {
-        self.ring.reader()
+        // SAFETY: whoever holds the turn reads, and nobody else can take it meanwhile.
+        unsafe { self.ring.reader() }
     }
 
     /// See [`WatchQueue::read`]; of this many records at most, which is at least one.

@@ -36,6 +36,8 @@ pub const INFO_LENGTH: u32 = 0x0000_007f;
 pub const INFO_ID: u32 = 0x0000_ff00;
 /// How far [`INFO_ID`] is shifted.
 pub const INFO_ID_SHIFT: u32 = 8;
+/// Where the byte of [`INFO_ID`] is in a record.
+const TAG_AT: usize = if cfg!(target_endian = "little") { 5 } else { 6 };
 /// `info`: bits whose meaning depends on the type; the flags are its low 8.
 pub const INFO_TYPE_INFO: u32 = 0xffff_0000;
 /// How far [`INFO_TYPE_INFO`] is shifted.
@@ -147,21 +149,22 @@ impl Record {
     /// The header as the watch with this tag sees it.
     #[inline]
     pub(super) fn tagged_header(&self, tag: u8) -> [u8; HEADER_LEN] {
-        let [a, b, c, d] = self.tagged_info(tag).to_ne_bytes();
-        let [w, x, y, z, ..] = self.bytes;
-        [w, x, y, z, a, b, c, d]
+        let mut header = *self.bytes.first_chunk().expect("a slot is longer than a header");
+        header[TAG_AT] = tag;
+        header
     }
 
     /// The second header word as the watch with this tag sees it.
     #[inline]
     pub(super) fn tagged_info(&self, tag: u8) -> u32 {
-        self.info() & !INFO_ID | u32::from(tag) << INFO_ID_SHIFT
+        let [.., a, b, c, d] = self.tagged_header(tag);
+        u32::from_ne_bytes([a, b, c, d])
     }
 
     /// All bytes, eight at a time.
     #[inline]
-    pub(super) fn words(&self) -> &[[u8; 8]] {
-        self.bytes.as_chunks().0
+    pub(super) fn words(&self) -> &[[u8; 8]; SLOT_LEN / 8] {
+        self.bytes.as_chunks().0.try_into().expect("a slot is whole words")
     }
 
     /// The type: what kind of thing the record is about.
@@ -252,6 +255,7 @@ impl PartialEq for Record {
 impl Eq for Record {}
 
 /// The length field of a header.
+#[inline]
 pub(super) fn length_field(header: &[u8; HEADER_LEN]) -> usize {
     let [.., a, b, c, d] = *header;
     (u32::from_ne_bytes([a, b, c, d]) & INFO_LENGTH) as usize

@@ -240,7 +240,8 @@ impl Remote {
     }
 
     fn copy(&self, out: &mut [u8], records: usize, ended: &mut bool) -> Result<usize, ReadError> {
-        let (ring, mut total) = (self.ring.reader(), 0);
+        // SAFETY: `ended` is what the reader's lock holds, lent.
+        let (ring, mut total) = (unsafe { self.ring.reader() }, 0);
         for _ in 0..records {
             let left = &mut out[total..];
             let next = ring.next();
