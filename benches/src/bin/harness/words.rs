@@ -128,7 +128,7 @@ pub(crate) fn reason(group: &str, name: &str) -> Option<&'static str> {
         (
             "watch",
             "post and read",
-            "A post also walks the list of watches, and looks at filter, policy and bell; a read takes the reader's turn, one locked instruction. ArrayQueue has none of these",
+            "A post also walks the list of watches, and looks at filter, policy and bell; a read takes the reader's turn, and looks for losses, removals and who waits. Both queues take two locked instructions",
         ),
     ];
     known.iter().find(|(of, begins, _)| *of == group && name.starts_with(begins)).map(|(_, _, why)| *why)
