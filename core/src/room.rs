@@ -87,12 +87,18 @@ impl<D: Device> Engine<D> {
             self.note(object, What::Evicted);
         };
         let freed = self.reap(usize::MAX);
-        if freed < bytes && freed + self.evict(bytes - freed, before, evicted) == 0 {
-            // What others are just letting go of is room, too, and so is what is just being restored.
-            self.loose.wait_none(Instant::now() + self.patience());
-            return self.returned.load(Ordering::Relaxed) != seen || self.evict(bytes, before, evicted) > 0;
+        if freed >= bytes || freed + self.evict(bytes - freed, before, evicted) > 0 {
+            return true;
         }
-        true
+        // What others are just letting go of is room, too, and so is what is just being restored. Pages that nobody uses go from their object into
+        // somebody's hands, from there to the graveyard, from there into somebody's hands again, and then are given back. They are looked for in
+        // this order, so they can't slip by.
+        let deadline = Instant::now() + self.patience();
+        let found = self.loose.wait_none(deadline) && self.reap(usize::MAX) > 0;
+        found || {
+            self.loose.wait_none(deadline);
+            self.returned.load(Ordering::Relaxed) != seen || self.evict(bytes, before, evicted) > 0
+        }
     }
 
     /// Gives idle objects' pages back, the least recently used first, until it is `bytes` or nothing is left. Returns how many it was.

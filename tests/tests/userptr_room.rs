@@ -142,7 +142,8 @@ fn a_device_that_is_short_is_asked_again_after_others_have_made_room() {
 fn pages_of_an_old_generation_are_room_before_anybody_is_evicted() {
     let _alone = alone();
     let (rig, region, objects) = with_budget(2, 2);
-    for _ in 0..200 {
+    // So often that what is between two hands just then is looked for, too.
+    for _ in 0..pinfold_tests::rounds(5_000) {
         drop(rig.manager.acquire_timeout(&[&objects[0], &objects[1]], PATIENCE).unwrap());
         region.map_over(0..2).unwrap();
     }
