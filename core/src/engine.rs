@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use pinfold_invalidate::sync::Event;
+use pinfold_invalidate::sync::{Event, fence_after_rmw};
 use pinfold_invalidate::{Space, Target};
 use pinfold_workqueue::{Flags, Job, Queue};
 
@@ -41,7 +41,7 @@ pub(crate) struct Engine<D: Device> {
     /// Objects that are not closed.
     pub(crate) objects: Level,
     /// Submits under way.
-    pub(crate) flights: Level,
+    pub(crate) flights: Flights,
     /// Threads that have taken a stale pin out of its slot, or what is dead out of the graveyard, and not yet let go of it; and restores under way.
     pub(crate) loose: Level,
     /// Acquisitions under way that somebody has asked for and that found no room at first. Until they end: what a device has room for shows only when it
@@ -139,6 +139,45 @@ impl Level {
     }
 }
 
+/// Submits under way.
+///
+/// Two counts that only grow, the second of them the word that is slept on: so the end of a submit is one locked instruction, also of the last.
+#[derive(Debug, Default)]
+pub(crate) struct Flights {
+    begun: AtomicU32,
+    over: Event,
+}
+
+impl Flights {
+    pub(crate) fn begin(&self) {
+        self.begun.fetch_add(1, Ordering::Relaxed);
+        fence_after_rmw(); // between our count and our look at `closing`; partner: `Engine::begin_closing`
+    }
+
+    pub(crate) fn end(&self) {
+        // Its Release pairs with the Acquire in `count`: who sees nothing left sees what the last one did.
+        self.over.bump();
+    }
+
+    pub(crate) fn count(&self) -> u32 {
+        let over = self.over.value(); // first: what is over had begun
+        self.begun.load(Ordering::Relaxed).wrapping_sub(over)
+    }
+
+    /// False if something is left at the deadline.
+    fn wait_none(&self, deadline: Instant) -> bool {
+        loop {
+            let over = self.over.value();
+            if self.begun.load(Ordering::Relaxed) == over {
+                return true;
+            }
+            if !self.over.wait(over, Some(deadline)) {
+                return self.count() == 0;
+            }
+        }
+    }
+}
+
 /// One thing more on a [`Level`], until dropped.
 pub(crate) struct On<D: Device>(Arc<Engine<D>>, fn(&Engine<D>) -> &Level);
 
@@ -182,7 +221,7 @@ impl<D: Device> Engine<D> {
             locked: Level::default(),
             returned: AtomicU64::new(0),
             objects: Level::default(),
-            flights: Level::default(),
+            flights: Flights::default(),
             loose: Level::default(),
             short: Level::default(),
             graveyard: Graveyard::default(),
@@ -294,6 +333,7 @@ impl<D: Device> Engine<D> {
 
     pub(crate) fn begin_closing(&self) {
         self.closing.store(true, Ordering::Release);
+        fence(Ordering::SeqCst); // between our store to `closing` and our look at the flights; partner: `Flights::begin`
     }
 }
 

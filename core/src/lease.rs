@@ -24,17 +24,24 @@ use crate::{Access, Device, DeviceError, Error, Generation, Outcome, Path, Ticke
 /// Objects that were all valid when it was taken. Keeps what it names alive; does not keep it valid: [`submit`](Self::submit) checks that.
 pub struct Lease<D: Device> {
     held: Vec<Held<D>>,
+    /// What few leases have.
+    extra: Option<Box<Extra>>,
 }
 
 /// One object of a lease. Field order: the pages are let go of before the object.
 struct Held<D: Device> {
     pin: Arc<Pin<D>>,
     noted: Snapshot,
-    /// Bytes of the object that the work will write.
-    written: Vec<Range<usize>>,
-    /// The device's mark of the uploads that the work has recorded.
-    recorded: Option<u64>,
     handle: Handle<D>,
+}
+
+/// What was said of some objects of a lease, each with the object's index.
+#[derive(Default)]
+struct Extra {
+    /// Bytes of the object that the work will write.
+    written: Vec<(usize, Range<usize>)>,
+    /// The device's mark of the uploads that the work has recorded.
+    recorded: Vec<(usize, u64)>,
 }
 
 /// How the device sees one object of a lease. Dereferences to the device's import.
@@ -59,11 +66,11 @@ impl<D: Device> Deref for View<'_, D> {
 
 impl<D: Device> Lease<D> {
     pub(crate) fn with_capacity(objects: usize) -> Self {
-        Self { held: Vec::with_capacity(objects) }
+        Self { held: Vec::with_capacity(objects), extra: None }
     }
 
     pub(crate) fn add(&mut self, handle: Handle<D>, noted: Snapshot, pin: Arc<Pin<D>>) {
-        self.held.push(Held { pin, noted, written: Vec::new(), recorded: None, handle });
+        self.held.push(Held { pin, noted, handle });
     }
 
     /// How many objects it has.
@@ -111,8 +118,7 @@ impl<D: Device> Lease<D> {
     /// # Panics
     /// If there is no such object, or it was registered for reading only, or the bytes aren't inside it.
     pub fn declare_written(&mut self, index: usize, bytes: Range<usize>) {
-        let held = &mut self.held[index];
-        let object = &held.handle.object;
+        let object = &self.held[index].handle.object;
         assert!(object.access == Access::ReadWrite, "an object registered for reading is not written");
         assert!(
             bytes.start <= bytes.end && bytes.end <= object.range.len(),
@@ -120,7 +126,7 @@ impl<D: Device> Lease<D> {
             object.range
         );
         if !bytes.is_empty() {
-            held.written.push(bytes);
+            self.extra.get_or_insert_default().written.push((index, bytes));
         }
     }
 
@@ -136,15 +142,22 @@ impl<D: Device> Lease<D> {
     ///    a render pass, that only this thread uses.
     /// 2. They are submitted by [`submit`](Self::submit) of this lease (merged or not), or not at all.
     pub unsafe fn record_uploads(&mut self, commands: D::Commands) {
-        for held in &mut self.held {
+        let recorded = &mut self.extra.get_or_insert_default().recorded;
+        recorded.clear();
+        for (index, held) in self.held.iter().enumerate() {
             let device = held.handle.object.engine.device();
             // SAFETY: the contract is the same.
-            held.recorded = Some(unsafe { device.record_upload(held.pin.import(), commands) });
+            recorded.push((index, unsafe { device.record_upload(held.pin.import(), commands) }));
         }
     }
 
     /// Puts the objects of `other` behind those of this lease, for one submit of several subsystems.
     pub fn merge(&mut self, other: Self) {
+        if let Some(others) = other.extra {
+            let (first, extra) = (self.held.len(), self.extra.get_or_insert_default());
+            extra.written.extend(others.written.into_iter().map(|(index, part)| (first + index, part)));
+            extra.recorded.extend(others.recorded.into_iter().map(|(index, mark)| (first + index, mark)));
+        }
         self.held.extend(other.held);
     }
 
@@ -164,7 +177,7 @@ impl<D: Device> Lease<D> {
     /// 2. The work accesses the objects only through the views of this lease, and only for reading where the object was registered so.
     /// 3. Where the device writes, no Rust reference to the bytes exists until the returned [`Pending`] is over.
     pub unsafe fn submit<E>(
-        self,
+        mut self,
         signals: impl IntoIterator<Item: Into<D::Signal>>,
         submit: impl FnOnce() -> Result<(), E>,
     ) -> Result<Pending<D>, SubmitError<D, E>> {
@@ -180,35 +193,35 @@ impl<D: Device> Lease<D> {
         }
         self.inject(engine);
         // Before the uses begin, so that a hold-off that gives up on them knows whose they are.
-        count(&self.held, Submit::Begins);
+        self.held.iter_mut().for_each(|held| held.handle.begin_submit());
         let uses = match self.reserve(engine) {
             Ok(uses) => uses,
             Err(None) => {
-                count(&self.held, Submit::IsRefused);
+                self.refuse();
                 return Err(SubmitError::Again(self));
             }
             Err(Some(index)) => {
-                count(&self.held, Submit::IsRefused);
+                self.refuse();
                 let object = &self.held[index].handle.object;
                 engine.counters.stale.fetch_add(1, Ordering::Relaxed);
                 return Err(SubmitError::Stale { index, range: object.range });
             }
         };
-        let writes = Writes::expect(&self.held);
+        let writes = self.extra.as_ref().map(|extra| Writes::expect(&self.held, &extra.written));
         // Only now: no driver call inside the gates.
         let result = catch_unwind(AssertUnwindSafe(submit));
         if let Ok(Err(error)) = result {
-            writes.forget(engine);
+            writes.inspect(|writes| writes.forget(engine));
             uses.end(&*engine.space);
-            count(&self.held, Submit::IsRefused);
+            self.refuse();
             return Err(SubmitError::Rejected { error, lease: self });
         }
         // After a panic nobody knows, and what is recorded once more does no harm.
-        if result.is_ok() {
-            for held in &self.held {
-                if let Some(mark) = held.recorded {
-                    engine.device().uploaded(held.pin.import(), mark);
-                }
+        if result.is_ok()
+            && let Some(extra) = &self.extra
+        {
+            for &(index, mark) in &extra.recorded {
+                engine.device().uploaded(self.held[index].pin.import(), mark);
             }
         }
         let pending = Flight::launch(underway, self.held, uses, writes, signals);
@@ -216,6 +229,10 @@ impl<D: Device> Lease<D> {
             Ok(_) => Ok(pending),
             Err(panic) => resume_unwind(panic),
         }
+    }
+
+    fn refuse(&mut self) {
+        self.held.iter_mut().for_each(|held| held.handle.refuse_submit());
     }
 
     /// Invalidates one object of every so manieth submit, each in its turn, if the engine's tests ask for that.
@@ -259,29 +276,6 @@ impl<D: Device> Lease<D> {
     }
 }
 
-/// What becomes of a submit's count at its objects.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Submit {
-    Begins,
-    IsRefused,
-    IsOver,
-}
-
-fn count<D: Device>(held: &[Held<D>], submit: Submit) {
-    for held in held {
-        let object = &held.handle.object;
-        if submit == Submit::Begins {
-            object.inflight.fetch_add(1, Ordering::Relaxed);
-            continue;
-        }
-        // Release: pairs with the Acquire in `Engine::note_change`, which sees the object busy or, if it was late, marked so.
-        let left = object.inflight.fetch_sub(1, Ordering::Release) - 1;
-        if submit == Submit::IsOver && left == 0 {
-            object.engine.note(object, What::Retired);
-        }
-    }
-}
-
 impl<D: Device> std::fmt::Debug for Lease<D> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_list().entries(self.held.iter().map(|held| (held.handle.object.range, held.noted.generation))).finish()
@@ -301,9 +295,13 @@ struct Write<D: Device> {
 }
 
 impl<D: Device> Writes<D> {
-    fn expect(held: &[Held<D>]) -> Self {
-        let to_mirrors = |held: &&Held<D>| !held.written.is_empty() && matches!(held.pin.path, Path::Mirror(_));
-        let writes: Vec<_> = held.iter().filter(to_mirrors).map(Write::of).collect();
+    fn expect(held: &[Held<D>], written: &[(usize, Range<usize>)]) -> Self {
+        let mut written = written.to_vec();
+        written.sort_by_key(|&(index, _)| index);
+        let of_one = written.chunk_by(|(index, _), (next, _)| index == next);
+        let of_one = of_one.map(|parts| (&held[parts[0].0], parts.iter().map(|(_, part)| part.clone()).collect()));
+        let to_mirrors = of_one.filter(|(held, _)| matches!(held.pin.path, Path::Mirror(_)));
+        let writes: Vec<_> = to_mirrors.map(|(held, written)| Write::of(held, written)).collect();
         for write in &writes {
             write.handle.object.engine.device().expect_writes(write.pin.import(), &write.written);
         }
@@ -325,8 +323,8 @@ impl<D: Device> Writes<D> {
 }
 
 impl<D: Device> Write<D> {
-    fn of(held: &Held<D>) -> Self {
-        let (pin, handle, written) = (Arc::clone(&held.pin), held.handle.clone(), held.written.clone());
+    fn of(held: &Held<D>, written: Vec<Range<usize>>) -> Self {
+        let (pin, handle) = (Arc::clone(&held.pin), held.handle.clone());
         let watched = handle.object.slot().coverage == Some(Coverage::Watched);
         Self { pin, noted: held.noted, handle, written, watched }
     }
@@ -344,7 +342,7 @@ impl<D: Device> Write<D> {
 /// Work under way.
 pub(crate) struct Flight<D: Device> {
     uses: Uses,
-    /// Signals that have not come yet.
+    /// Signals that have not come yet, and [`FOLLOWING`] while they are not yet counted.
     left: AtomicU32,
     lost: AtomicBool,
     /// A hold-off has given up on it.
@@ -358,6 +356,9 @@ pub(crate) struct Flight<D: Device> {
     underway: Underway<D>,
 }
 
+/// More than any submit has signals: none of them is the last until all are followed.
+const FOLLOWING: u32 = 1 << 31;
+
 /// A submit that the manager's end waits for, until it is [over](Self::over), or this is dropped.
 struct Underway<D: Device> {
     engine: Arc<Engine<D>>,
@@ -366,7 +367,7 @@ struct Underway<D: Device> {
 
 impl<D: Device> Underway<D> {
     fn begin(engine: Arc<Engine<D>>) -> Self {
-        engine.flights.add(0);
+        engine.flights.begin();
         Self { engine, is_over: AtomicBool::new(false) }
     }
 
@@ -377,7 +378,7 @@ impl<D: Device> Underway<D> {
     /// Called once. Whoever keeps this keeps the engine, and waits for nothing.
     fn over(&self) {
         self.is_over.store(true, Ordering::Relaxed); // read by drop, which has it alone
-        self.engine.flights.sub(0);
+        self.engine.flights.end();
     }
 }
 
@@ -401,29 +402,32 @@ impl<D: Device> Flight<D> {
         underway: Underway<D>,
         held: Vec<Held<D>>,
         uses: Uses,
-        writes: Writes<D>,
+        writes: Option<Writes<D>>,
         signals: impl IntoIterator<Item: Into<D::Signal>>,
     ) -> Pending<D> {
         let engine = underway.engine();
-        held.iter().for_each(|held| engine.note(&held.handle.object, What::Submitted));
+        if engine.notes.is_watched() {
+            held.iter().for_each(|held| engine.note(&held.handle.object, What::Submitted));
+        }
         engine.counters.submits.fetch_add(1, Ordering::Relaxed);
         let rest = Rest { held, outcome: None, wakers: Vec::new() };
         let flight = Arc::new(Self {
             uses,
-            left: AtomicU32::new(1), // ours, until every signal is followed
+            left: AtomicU32::new(FOLLOWING),
             lost: AtomicBool::new(false),
             late: AtomicBool::new(false),
             over: Event::new(),
-            writes: (!writes.0.is_empty()).then(|| Mutex::new(writes)),
+            writes: writes.filter(|writes| !writes.0.is_empty()).map(Mutex::new),
             fault: OnceLock::new(),
             rest: Mutex::new(rest),
             underway,
         });
+        let mut count = 0;
         for signal in signals {
-            flight.left.fetch_add(1, Ordering::Relaxed);
+            count += 1;
             flight.engine().device().follow(signal.into(), Ticket::new(Arc::clone(&flight) as Arc<dyn Retire>));
         }
-        if flight.signal_one(Outcome::Done) {
+        if flight.signal(FOLLOWING - count) {
             flight.finish();
         }
         Pending { flight: Some(flight) }
@@ -440,15 +444,11 @@ impl<D: Device> Flight<D> {
     fn outcome(&self) -> Option<Outcome> {
         self.rest.lock().unwrap_or_else(PoisonError::into_inner).outcome
     }
-}
 
-impl<D: Device> Retire for Flight<D> {
-    fn signal_one(&self, outcome: Outcome) -> bool {
-        if outcome == Outcome::Lost {
-            self.lost.store(true, Ordering::Relaxed);
-        }
+    /// So many signals have come; true if the last was among them. Ends the uses then.
+    fn signal(&self, count: u32) -> bool {
         // AcqRel: the last signal sees what the others left.
-        if self.left.fetch_sub(1, Ordering::AcqRel) != 1 {
+        if self.left.fetch_sub(count, Ordering::AcqRel) != count {
             return false;
         }
         if !self.lost.load(Ordering::Relaxed)
@@ -460,6 +460,15 @@ impl<D: Device> Retire for Flight<D> {
         self.late.store(self.uses.end(&*self.engine().space), Ordering::Relaxed);
         true
     }
+}
+
+impl<D: Device> Retire for Flight<D> {
+    fn signal_one(&self, outcome: Outcome) -> bool {
+        if outcome == Outcome::Lost {
+            self.lost.store(true, Ordering::Relaxed);
+        }
+        self.signal(1)
+    }
 
     fn finish(&self) {
         let outcome = if self.lost.load(Ordering::Relaxed) { Outcome::Lost } else { Outcome::Done };
@@ -468,25 +477,23 @@ impl<D: Device> Retire for Flight<D> {
             rest.outcome = Some(outcome);
             (std::mem::take(&mut rest.held), std::mem::take(&mut rest.wakers))
         };
-        if self.late.load(Ordering::Relaxed) {
-            for held in &held {
-                // The monitor may be about to say so, and must not find the object idle instead.
-                held.handle.object.ended_late.store(held.noted.generation.0 + 1, Ordering::Relaxed);
-            }
-        }
-        let now = self.engine().counters.acquires.load(Ordering::Relaxed);
-        for last_used in held.iter().map(|held| &held.handle.object.last_used) {
-            // Mostly nobody has acquired anything since, and a look is cheaper.
-            if last_used.load(Ordering::Relaxed) < now {
-                last_used.fetch_max(now, Ordering::Relaxed);
-            }
-        }
-        count(&held, Submit::IsOver);
         let writes = self.writes().map(|mut writes| Writes(std::mem::take(&mut writes.0)));
         if let Some(writes) = writes {
             writes.forget(self.engine());
         }
-        drop(held);
+        let (late, now) = (self.late.load(Ordering::Relaxed), self.engine().counters.acquires.load(Ordering::Relaxed));
+        for held in held {
+            let object = &held.handle.object;
+            if late {
+                // The monitor may be about to say so, and must not find the object idle instead.
+                object.ended_late.store(held.noted.generation.0 + 1, Ordering::Relaxed);
+            }
+            // Mostly nobody has acquired anything since, and a look is cheaper.
+            if object.last_used.load(Ordering::Relaxed) < now {
+                object.last_used.fetch_max(now, Ordering::Relaxed);
+            }
+            drop(held); // the handle counts the submit until then
+        }
         self.underway.over();
         self.over.bump();
         wakers.into_iter().for_each(Waker::wake);

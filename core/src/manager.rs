@@ -301,7 +301,7 @@ impl<D: Device> Manager<D> {
             pinned_bytes: engine.pins.bytes(),
             locked_bytes: engine.locked.bytes(),
             short: engine.short.count(),
-            in_flight: engine.flights.count(),
+            in_flight: u64::from(engine.flights.count()),
             acquires: get(&counters.acquires),
             acquired_inline: get(&counters.inline),
             acquired_by_worker: get(&counters.queued),

@@ -1,7 +1,7 @@
 //! One registered range: its word, its slot, and what happens to it from outside.
 
 use std::any::Any;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 
@@ -40,14 +40,13 @@ pub(crate) struct Object<D: Device> {
     pub(crate) imports: AtomicU64,
     pub(crate) leases: AtomicU64,
     pub(crate) word: Word,
-    /// Handles: the engine's, those of leases, and those of work under way. At 0 the object is closed.
-    handles: AtomicU32,
+    /// Handles (the engine's, those of leases, and those of work under way; at 0 the object is closed), and in the upper half the submits under way,
+    /// for reports only, as the protocol counts by shard. One word, as one of each goes when a submit is over. Written by handles.
+    holds: AtomicU64,
     /// The number of the last acquire that asked for it. Written by those who acquire, read by who makes room.
     pub(crate) last_used: AtomicU64,
     /// The engine wants it kept ready; what that takes is in the slot. Written under the object lock.
     pub(crate) hot: AtomicBool,
-    /// Submits under way. Written by submit and retirement; for reports only, the protocol counts by shard.
-    pub(crate) inflight: AtomicU32,
     /// One more than the generation of the last work that ended after a hold-off had given up on it. Written by retirement.
     pub(crate) ended_late: AtomicU64,
     /// Pages that were discarded since the last acquisition.
@@ -98,7 +97,13 @@ pub(crate) struct Taken<D: Device> {
 /// What keeps an object open: engine handles, leases, and work under way.
 pub(crate) struct Handle<D: Device> {
     pub(crate) object: Arc<Object<D>>,
+    /// What it is in [`Object::holds`].
+    holds: u64,
 }
+
+/// A handle in [`Object::holds`], and a submit there.
+const HANDLE: u64 = 1;
+const SUBMIT: u64 = 1 << 32;
 
 impl<D: Device> Object<D> {
     pub(crate) fn new(range: HostRange, access: Access, label: Box<str>, engine: Arc<Engine<D>>) -> Self {
@@ -116,10 +121,9 @@ impl<D: Device> Object<D> {
             imports: AtomicU64::new(0),
             leases: AtomicU64::new(0),
             word: Word::default(),
-            handles: AtomicU32::new(0),
+            holds: AtomicU64::new(0),
             last_used: AtomicU64::new(0),
             hot: AtomicBool::new(false),
-            inflight: AtomicU32::new(0),
             ended_late: AtomicU64::new(0),
             discarded: Discarded::new(),
             ended: Event::new(),
@@ -134,6 +138,11 @@ impl<D: Device> Object<D> {
 
     pub(crate) fn slot(&self) -> MutexGuard<'_, Slot<D>> {
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Submits under way. Acquire: pairs with the Release with which one ends; who finds none sees what it left, such as [`Self::ended_late`].
+    pub(crate) fn in_flight(&self) -> u32 {
+        (self.holds.load(Ordering::Acquire) / SUBMIT) as u32
     }
 
     pub(crate) fn policy(&self) -> Policy {
@@ -292,29 +301,45 @@ impl<D: Device> Drop for Pin<D> {
 impl<D: Device> Handle<D> {
     /// One more handle; `None` if the last is gone, or the object closed by the manager.
     pub(crate) fn of(object: Arc<Object<D>>) -> Option<Self> {
-        let more = |count: u32| (count > 0).then_some(count + 1);
-        object.handles.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
-        Some(Self { object })
+        let more = |holds: u64| (!holds.is_multiple_of(SUBMIT)).then_some(holds + HANDLE);
+        object.holds.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+        Some(Self { object, holds: HANDLE })
     }
 
     /// The first handle of a new object.
     pub(crate) fn first(object: Arc<Object<D>>) -> Self {
-        object.handles.store(1, Ordering::Relaxed);
-        Self { object }
+        object.holds.store(HANDLE, Ordering::Relaxed);
+        Self { object, holds: HANDLE }
+    }
+
+    /// Counts a submit as well, until it is [refused](Self::refuse_submit), or is over and this is dropped.
+    pub(crate) fn begin_submit(&mut self) {
+        self.object.holds.fetch_add(SUBMIT, Ordering::Relaxed);
+        self.holds = HANDLE + SUBMIT;
+    }
+
+    /// Takes [`begin_submit`](Self::begin_submit) back.
+    pub(crate) fn refuse_submit(&mut self) {
+        self.object.holds.fetch_sub(SUBMIT, Ordering::Release); // as in drop
+        self.holds = HANDLE;
     }
 }
 
 impl<D: Device> Clone for Handle<D> {
     fn clone(&self) -> Self {
-        self.object.handles.fetch_add(1, Ordering::Relaxed); // as in `Arc`: who has one may make another
-        Self { object: Arc::clone(&self.object) }
+        self.object.holds.fetch_add(HANDLE, Ordering::Relaxed); // as in `Arc`: who has one may make another
+        Self { object: Arc::clone(&self.object), holds: HANDLE }
     }
 }
 
 impl<D: Device> Drop for Handle<D> {
     fn drop(&mut self) {
-        // AcqRel: the last one sees what the others did.
-        if self.object.handles.fetch_sub(1, Ordering::AcqRel) == 1 && !self.object.engine.space.is_forked() {
+        // AcqRel: the last one sees what the others did. The Release also pairs with the Acquire in `Object::in_flight`.
+        let left = self.object.holds.fetch_sub(self.holds, Ordering::AcqRel) - self.holds;
+        if self.holds > HANDLE && left < SUBMIT {
+            self.object.engine.note(&self.object, What::Retired);
+        }
+        if left.is_multiple_of(SUBMIT) && !self.object.engine.space.is_forked() {
             self.object.close();
         }
     }

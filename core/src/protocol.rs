@@ -117,6 +117,7 @@ impl Uses {
 }
 
 /// Visits in ascending order of shards, also where something is untold. All or none.
+#[inline]
 fn enter<G: Gates + ?Sized>(gates: &G, shards: Shards) -> Result<[Option<Visit<'_>>; SHARDS], Refusal> {
     let mut inside = [const { None }; SHARDS];
     for shard in shards.iter() {

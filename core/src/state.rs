@@ -132,6 +132,7 @@ impl Snapshot {
         self.generation.0 << GENERATION_SHIFT | (self.state as u64) << STATE_SHIFT | u64::from(self.shards.0)
     }
 
+    #[inline]
     fn unpack(word: u64) -> Self {
         let state = State::ALL[(word >> STATE_SHIFT & 7) as usize];
         Self { generation: Generation(word >> GENERATION_SHIFT), state, shards: Shards(word as u16) }
@@ -151,6 +152,7 @@ impl Default for Word {
 
 impl Word {
     /// The word as it is. Acquire: pairs with the Release of whoever wrote it, so what was done before (a pin put in place) is seen.
+    #[inline]
     pub fn read(&self) -> Snapshot {
         Snapshot::unpack(self.0.load(Ordering::Acquire))
     }

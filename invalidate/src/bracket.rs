@@ -38,6 +38,7 @@ thread_local! {
 
 /// Whether the calling thread is inside a bracket, where waiting for a gate would be waiting for itself.
 #[must_use]
+#[inline]
 pub fn in_bracket() -> bool {
     INSIDE.get()
 }

@@ -67,6 +67,7 @@ impl ForkMark {
         Some(mark)
     }
 
+    #[inline]
     pub(crate) fn is_child(&self) -> bool {
         match self {
             // SAFETY: the page is mapped readable until the mark is dropped.

@@ -87,6 +87,7 @@ impl Gate {
 
     /// As [`try_enter`](Self::try_enter), also while something is untold: the visitor must ask [`is_untold`](Self::is_untold) of the bytes
     /// whose words it reads, before it reads them.
+    #[inline]
     pub fn try_enter_beside(&self) -> Option<Visit<'_>> {
         self.users.fetch_add(1, Ordering::Relaxed);
         let visit = Visit { gate: self }; // leaves on every path
@@ -100,22 +101,26 @@ impl Gate {
     }
 
     /// Whether nobody holds the gate closed, and these bytes are told.
+    #[inline]
     pub fn is_open_for(&self, range: HostRange) -> bool {
         self.is_unheld() && !self.is_untold(range)
     }
 
     /// Acquire: pairs with the Release in [`open`](Self::open); who sees the gate open sees what its closers did to the words, and left untold.
+    #[inline]
     fn is_unheld(&self) -> bool {
         self.closed.load(Ordering::Acquire) == 0
     }
 
     /// Whether something is untold. To be asked with the gate seen open.
+    #[inline]
     pub fn has_untold(&self) -> bool {
         // Acquire: pairs with the Release in `told`; who sees nothing untold sees what became of the words.
         self.untold_end.load(Ordering::Acquire) != 0
     }
 
     /// Whether some of these bytes may be untold. To be asked with the gate seen open.
+    #[inline]
     pub fn is_untold(&self, range: HostRange) -> bool {
         // Acquire: pairs with the fence in `close`; who sees a bound that was left after it sees what was told before.
         let start = self.untold_start.load(Ordering::Acquire);
@@ -124,6 +129,7 @@ impl Gate {
     }
 
     /// The epoch to sleep on. Read it *before* asking [`is_open`](Self::is_open).
+    #[inline]
     pub fn epoch(&self) -> u32 {
         self.epoch.value()
     }
@@ -162,6 +168,7 @@ impl Gate {
     /// Ends a use begun by [`Visit::begin`]. Allocates nothing, takes no lock: fit for a completion thread while a mutator waits.
     /// Returns whether it had been given up on.
     #[allow(clippy::must_use_candidate)]
+    #[inline]
     pub fn end(&self, era: Era) -> bool {
         let mut now = self.flight.load(Ordering::Relaxed);
         let falls = loop {
@@ -290,6 +297,7 @@ impl Gate {
     }
 
     /// To be called right after the decrement.
+    #[inline]
     fn wake_closers(&self) {
         fence_after_rmw(); // between our decrement and our load of `closed`; partner: `close`
         if self.closed.load(Ordering::Relaxed) != 0 {
@@ -300,6 +308,7 @@ impl Gate {
 
 impl Visit<'_> {
     /// Begins a use. It counts before this visit is over, so no closer can miss it.
+    #[inline]
     pub fn begin(&self) -> Era {
         // Relaxed: published to closers by the Release with which the visit ends.
         era_of(self.gate.flight.fetch_add(1, Ordering::Relaxed))
@@ -307,6 +316,7 @@ impl Visit<'_> {
 }
 
 impl Drop for Visit<'_> {
+    #[inline]
     fn drop(&mut self) {
         // Release: pairs with the Acquire in `wait_users`.
         self.gate.users.fetch_sub(1, Ordering::Release);
@@ -314,6 +324,7 @@ impl Drop for Visit<'_> {
     }
 }
 
+#[inline]
 fn era_of(flight: u64) -> Era {
     Era((flight >> 32) as u32)
 }

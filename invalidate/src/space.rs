@@ -299,12 +299,14 @@ impl Space {
 
     /// Whether this process is a forked child of the one that made this space. Costs a load.
     #[must_use]
+    #[inline]
     pub fn is_forked(&self) -> bool {
         self.inner.fork.is_child()
     }
 
     /// The gate of a shard, for those who begin uses.
     #[must_use]
+    #[inline]
     pub fn gate(&self, shard: usize) -> &Gate {
         &self.inner.shards[shard].gate
     }

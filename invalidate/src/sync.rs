@@ -14,6 +14,7 @@ pub use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Orderi
 ///
 /// On x86 such an instruction is locked, which no load passes: there only the compiler is to be held back (the kernel has `smp_mb__after_atomic` for
 /// this). A fence, which is one for every store, costs several times what the locked instruction does.
+#[inline]
 pub fn fence_after_rmw() {
     #[cfg(all(target_arch = "x86_64", not(loom), not(miri)))]
     std::sync::atomic::compiler_fence(Ordering::SeqCst);
@@ -40,6 +41,7 @@ impl Futex {
 
     /// The value, for [`wait`](Self::wait). Acquire: pairs with the Release in [`bump`](Self::bump).
     #[must_use]
+    #[inline]
     pub fn value(&self) -> u32 {
         self.word.load(Ordering::Acquire)
     }
@@ -88,6 +90,7 @@ impl Futex {
     }
 
     #[cfg(not(loom))]
+    #[cold]
     fn wake(&self) {
         // SAFETY: FUTEX_WAKE only uses the address as a key; it lives as long as `self`.
         unsafe {
@@ -122,11 +125,13 @@ impl Event {
 
     /// As [`Futex::value`].
     #[must_use]
+    #[inline]
     pub fn value(&self) -> u32 {
         self.futex.value()
     }
 
     /// As [`Futex::bump`].
+    #[inline]
     pub fn bump(&self) {
         self.futex.word.fetch_add(1, Ordering::Release); // as there
         fence_after_rmw(); // between our change of the value and our look at the count; partner: `wait`

@@ -375,6 +375,40 @@ fn what_the_device_writes_comes_back_where_it_was_declared() {
 }
 
 #[test]
+fn what_was_declared_of_an_object_stays_its_own_when_leases_are_merged() {
+    let Some(fixture) = Fixture::new() else { return };
+    let manager = manager(&fixture, mirrors(MirrorPlace::DeviceLocal, &fixture));
+    let memories = [4, 5, 6].map(Memory::anonymous);
+    memories.iter().for_each(Memory::fill);
+    let objects = memories.each_ref().map(|memory| register(&manager, memory.range(), Access::ReadWrite));
+    let (mut expected, done) = (memories.each_ref().map(Memory::bytes), fixture.timeline());
+    let mut lease = manager.acquire_timeout(&[&objects[0]], GENEROUS).unwrap();
+    let mut other = manager.acquire_timeout(&[&objects[1], &objects[2]], GENEROUS).unwrap();
+    // Not in the order of the objects, and one of them in two goes.
+    other.declare_written(1, 8..16);
+    other.declare_written(0, 0..4);
+    lease.merge(other);
+    lease.declare_written(2, 5000..5004);
+    let views = [0, 1, 2].map(|index| (lease.view(index).buffer, lease.view(index).size));
+    let fill =
+        |commands| views.iter().for_each(|&(buffer, size)| fixture.fill(commands, (buffer, 0), size, 0x0101_0101));
+    let commands = fixture.record(fill);
+    let submit = || {
+        fixture.submit(&[commands], None, Some((done, 1)));
+        Ok::<_, Infallible>(())
+    };
+    // SAFETY: `done` is signalled by the fills, which write the objects through their views.
+    let pending = unsafe { lease.submit([Timeline { semaphore: done, value: 1 }], submit) }.unwrap();
+    assert_eq!(pending.wait(GENEROUS), Some(Outcome::Done));
+    expected[1][..4].fill(1);
+    expected[2][8..16].fill(1);
+    expected[2][5000..5004].fill(1);
+    assert!(memories.each_ref().map(Memory::bytes) == expected, "each its own, and nothing of the first");
+    drop(objects);
+    fixture.destroy_semaphore(done);
+}
+
+#[test]
 fn an_acquire_while_the_device_writes_neither_overwrites_its_results_nor_loses_the_programs() {
     let Some(fixture) = Fixture::new() else { return };
     let manager = manager(&fixture, mirrors(MirrorPlace::HostVisible, &fixture));
