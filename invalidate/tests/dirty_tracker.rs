@@ -167,39 +167,39 @@ fn a_discarded_anonymous_page_counts_as_written() {
     assert_eq!(take(&mut tracker, &pages), (Taken::Exact, vec![2000]));
 }
 
+/// Memory in which the kernel puts a huge page if it has one, where that begins, and how many pages it is.
+fn huge_page() -> Option<(Pages, usize, usize)> {
+    let said = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size");
+    let Some(huge) = said.ok().and_then(|said| said.trim().parse::<usize>().ok()) else {
+        eprintln!("skipped: no transparent huge pages");
+        return None;
+    };
+    let count = huge / page_size();
+    let pages = Pages::anonymous(2 * count);
+    let at = (pages.0.start().next_multiple_of(huge) - pages.0.start()) / page_size();
+    if !pages.advise(at, count, libc::MADV_HUGEPAGE) {
+        eprintln!("skipped: no transparent huge pages: {}", io::Error::last_os_error());
+        return None;
+    }
+    Some((pages, at, count))
+}
+
 #[test]
 fn one_write_to_a_huge_page_is_told_as_one_page() {
-    let huge = 2 << 20;
-    if page_size() != 4096 {
-        eprintln!("skipped: huge pages of 2 MiB need pages of 4 KiB");
-        return;
-    }
-    let pages = Pages::anonymous(3 * huge / page_size());
-    let first = pages.0.start().next_multiple_of(huge);
-    let at = (first - pages.0.start()) / page_size();
-    if !pages.advise(at, huge / page_size(), libc::MADV_HUGEPAGE) {
-        eprintln!("skipped: no transparent huge pages: {}", io::Error::last_os_error());
-        return;
-    }
+    let Some((pages, at, count)) = huge_page() else { return };
     pages.write(at);
-    let Some(mut tracker) = tracker(pages.part(at, huge / page_size())) else { return };
+    let Some(mut tracker) = tracker(pages.part(at, count)) else { return };
     assert_eq!(take(&mut tracker, &pages), (Taken::Exact, vec![]));
     pages.write(at + 77);
     assert_eq!(take(&mut tracker, &pages), (Taken::Exact, vec![at + 77]));
     pages.write(at + 77);
-    pages.write(at + 511);
-    assert_eq!(take(&mut tracker, &pages), (Taken::Exact, vec![at + 77, at + 511]));
+    pages.write(at + count - 1);
+    assert_eq!(take(&mut tracker, &pages), (Taken::Exact, vec![at + 77, at + count - 1]));
 }
 
 #[test]
 fn a_huge_page_is_not_known_to_be_there_as_it_may_be_of_zeros() {
-    let (huge, count) = (2 << 20, (2 << 20) / page_size());
-    let pages = Pages::anonymous(2 * count);
-    let at = (pages.0.start().next_multiple_of(huge) - pages.0.start()) / page_size();
-    if page_size() != 4096 || !pages.advise(at, count, libc::MADV_HUGEPAGE) {
-        eprintln!("skipped: no transparent huge pages of 2 MiB");
-        return;
-    }
+    let Some((pages, at, count)) = huge_page() else { return };
     pages.write(at);
     if any_present(pages.part(at + count - 1, 1)).unwrap() != Some(true) {
         eprintln!("skipped: the kernel had no huge page to give");
@@ -214,13 +214,7 @@ fn a_huge_page_is_not_known_to_be_there_as_it_may_be_of_zeros() {
 
 #[test]
 fn a_discarded_huge_page_counts_as_written() {
-    let (huge, count) = (2 << 20, (2 << 20) / page_size());
-    let pages = Pages::anonymous(2 * count);
-    let at = (pages.0.start().next_multiple_of(huge) - pages.0.start()) / page_size();
-    if page_size() != 4096 || !pages.advise(at, count, libc::MADV_HUGEPAGE) {
-        eprintln!("skipped: no transparent huge pages of 2 MiB");
-        return;
-    }
+    let Some((pages, at, count)) = huge_page() else { return };
     pages.write(at);
     let Some(mut tracker) = tracker(pages.part(at, count)) else { return };
     // The page goes with its entry in the directory: no page table is left that could say anything.
