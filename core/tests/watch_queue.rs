@@ -174,16 +174,19 @@ fn splitting_steps_over_unknown_records_and_stops_at_garbage() {
 #[test]
 fn a_watch_hears_of_its_object_and_a_watch_of_all_hears_of_every_object() {
     let list = WatchList::new();
-    let (one, all) = (open(WatchConfig::default()), open(WatchConfig::default()));
+    let [one, all, another] = [(); 3].map(|()| open(WatchConfig::default()));
     list.add_watch(&one, Scope::Object(5), 50).expect("a watch");
     list.add_watch(&one, Scope::Object(7), 70).expect("a watch");
     list.add_watch(&all, Scope::All, 0).expect("a watch");
+    list.add_watch(&another, Scope::All, 1).expect("a watch");
     for object in 4..9 {
         list.post(object, &numbered(object));
     }
     let tagged = |queue: &WatchQueue| queue.records().map(|it| (it.tag(), number(&it))).collect::<Vec<_>>();
     assert_eq!(tagged(&one), [(50, Some(5)), (70, Some(7))]);
-    assert_eq!(tagged(&all), [4, 5, 6, 7, 8].map(|object| (0, Some(object))));
+    for (queue, tag) in [(&all, 0), (&another, 1)] {
+        assert_eq!(tagged(queue), [4, 5, 6, 7, 8].map(|object| (tag, Some(object))));
+    }
 }
 
 #[test]
@@ -252,6 +255,30 @@ fn removals_find_a_place_in_a_full_queue() {
     assert_eq!(got[32], (0, Note::Lost, None));
     let removals = (1..=100).map(|object| (object as u8, Note::Removed(Some(object)), Some(object)));
     assert_eq!(got[33..], removals.collect::<Vec<_>>());
+}
+
+#[test]
+fn a_removal_that_found_no_room_comes_before_what_was_posted_after_it() {
+    let list = WatchList::new();
+    let queue = open(WatchConfig::default().capacity(32));
+    for object in 1..=101 {
+        list.add_watch(&queue, Scope::Object(object), object as u8).expect("a watch");
+    }
+    for number in 0..32 {
+        list.post(101, &numbered(number));
+    }
+    for object in 1..=100 {
+        list.remove_object(object);
+    }
+    // All that was posted, and half of the removals. The rest is not in the ring, where there is room by now.
+    for _ in 0..32 + 50 {
+        assert_eq!(queue.read(&mut [0; 16]), Ok(16));
+    }
+    list.post(101, &numbered(500));
+    let got = queue.records().map(|record| (record.note(), number(&record))).collect::<Vec<_>>();
+    let mut want = (51..=100).map(|object| (Note::Removed(Some(object)), Some(object))).collect::<Vec<_>>();
+    want.push((Note::Unknown { kind: TYPE_WORK, subtype: 0 }, Some(500)));
+    assert_eq!(got, want);
 }
 
 #[test]
