@@ -41,7 +41,8 @@ pub(crate) struct Object<D: Device> {
     pub(crate) leases: AtomicU64,
     pub(crate) word: Word,
     /// Handles (the engine's, those of leases, and those of work under way; at 0 the object is closed), and in the upper half the submits under way,
-    /// for reports only, as the protocol counts by shard. One word, as one of each goes when a submit is over. Written by handles.
+    /// for reports only, as the protocol counts by shard. One word, as one of each goes when a submit is over: no submit is without a handle. Written by
+    /// handles.
     holds: AtomicU64,
     /// The number of the last acquire that asked for it. Written by those who acquire, read by who makes room.
     pub(crate) last_used: AtomicU64,
@@ -301,7 +302,7 @@ impl<D: Device> Drop for Pin<D> {
 impl<D: Device> Handle<D> {
     /// One more handle; `None` if the last is gone, or the object closed by the manager.
     pub(crate) fn of(object: Arc<Object<D>>) -> Option<Self> {
-        let more = |holds: u64| (!holds.is_multiple_of(SUBMIT)).then_some(holds + HANDLE);
+        let more = |holds: u64| (holds > 0).then_some(holds + HANDLE);
         object.holds.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
         Some(Self { object, holds: HANDLE })
     }
@@ -339,7 +340,7 @@ impl<D: Device> Drop for Handle<D> {
         if self.holds > HANDLE && left < SUBMIT {
             self.object.engine.note(&self.object, What::Retired);
         }
-        if left.is_multiple_of(SUBMIT) && !self.object.engine.space.is_forked() {
+        if left == 0 && !self.object.engine.space.is_forked() {
             self.object.close();
         }
     }

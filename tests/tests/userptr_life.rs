@@ -923,6 +923,28 @@ fn next(queue: &WatchQueue) -> UserptrNote {
 }
 
 #[test]
+fn the_end_of_work_is_told_when_the_last_that_names_the_object_is_over() {
+    let _alone = alone();
+    let rig = by_workers();
+    let queue = rig.manager.watch(WatchConfig::default()).unwrap();
+    let region = anonymous(1);
+    let object = register(&rig.manager, region.range());
+    let fences = [Fence::new(), Fence::new()];
+    let work = fences.each_ref().map(|fence| submit(lease(&rig, &object), std::slice::from_ref(fence)).unwrap());
+    let told = || {
+        let of_this = |note| matches!(note, Note::Userptr(note) if note.event == UserptrEvent::Retired);
+        queue.notes().filter(|note| of_this(*note)).count()
+    };
+    for (nth, (fence, pending)) in fences.iter().zip(work).enumerate() {
+        assert_eq!((object.in_flight() as usize, told()), (2 - nth, 0));
+        fence.signal(Outcome::Done);
+        assert_eq!(pending.wait(PATIENCE), Some(Outcome::Done));
+        wait_until("the work's end", || object.in_flight() as usize == 1 - nth);
+    }
+    wait_until("a note", || told() == 1);
+}
+
+#[test]
 fn the_watch_queue_tells_a_whole_life() {
     let _alone = alone();
     let rig = by_workers();

@@ -88,6 +88,22 @@ fn what_is_leased_or_under_way_is_never_evicted() {
 }
 
 #[test]
+fn what_work_has_just_left_is_younger_than_what_was_acquired_meanwhile() {
+    let _alone = alone();
+    let (rig, _region, objects) = with_budget(3, 4);
+    let fence = Fence::new();
+    // SAFETY: nothing is submitted.
+    let pending = unsafe { lease(&rig.manager, &objects[0]).submit([fence.clone()], || Ok::<_, String>(())) }.unwrap();
+    drop(lease(&rig.manager, &objects[1]));
+    drop(lease(&rig.manager, &objects[2]));
+    fence.signal(Outcome::Done);
+    assert_eq!(pending.wait(PATIENCE), Some(Outcome::Done));
+    wait_until("the work's end", || objects[0].in_flight() == 0);
+    drop(lease(&rig.manager, &objects[3]));
+    assert_eq!(valid(&objects), "V-VV");
+}
+
+#[test]
 fn a_set_that_does_not_fit_is_an_error_and_does_not_evict_itself_in_turns() {
     let _alone = alone();
     for inline in [usize::MAX, 0] {
