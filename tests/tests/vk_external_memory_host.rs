@@ -13,6 +13,7 @@ use ash::vk;
 use fixture::{Fixture, GENEROUS, Readback};
 use memory::{Memory, disk_file, memfd, pattern};
 use pinfold_invalidate::{HostRange, page_size};
+use pinfold_tests::memory::{Backing, Region};
 use pinfold_vulkan::{
     Access, Config, Error, Image, ImageError, Lease, Manager, Outcome, Path, State, Timeline, Userptr,
 };
@@ -261,10 +262,10 @@ fn a_second_import_of_the_same_range_sees_what_the_first_one_writes() {
 fn memory_unmapped_under_running_work_is_read_to_the_end() {
     let Some(fixture) = Fixture::new() else { return };
     let manager = manager(&fixture);
-    let memory = Memory::of_file(&memfd(64), 64, true);
-    memory.fill();
-    let expected = memory.bytes();
-    let object = register(&manager, memory.range(), Access::Read);
+    // Where no thread and no driver is given what was unmapped.
+    let region = Region::new(Backing::Memfd, 64).unwrap();
+    let expected = region.original(0..64);
+    let object = register(&manager, region.range(), Access::Read);
     let (go, done) = (fixture.timeline(), fixture.timeline());
     let lease = lease(&manager, &object);
     let view = lease.view(0);
@@ -277,10 +278,10 @@ fn memory_unmapped_under_running_work_is_read_to_the_end() {
     };
     // SAFETY: the signal is that of the work, which only reads.
     let pending = unsafe { lease.submit([Timeline { semaphore: done, value: 1 }], submit) }.unwrap();
-    let unmapper = thread::spawn(move || drop(memory));
+    let unmapper = thread::spawn(move || region.unmap_all().map(|()| region));
     fixture.signal(go, 1);
     assert_eq!(pending.wait(GENEROUS), Some(Outcome::Done));
-    unmapper.join().unwrap();
+    let _region = unmapper.join().unwrap().unwrap();
     assert_eq!(back.bytes(), expected);
     assert_eq!(object.state().unwrap(), State::Invalid);
     match manager.acquire_timeout(&[&object], GENEROUS) {
