@@ -18,9 +18,9 @@ use pinfold_tests::fence::Fence;
 /// Large enough to be a mapping of its own, or at least whole pages, with every allocator.
 const BLOCK: usize = 4 << 20;
 
-fn manager() -> Manager<FakeDevice> {
+fn manager(deadline: Duration) -> Manager<FakeDevice> {
     let mut config = Config::default();
-    config.deadline = Duration::from_millis(50);
+    config.deadline = deadline;
     Manager::new(FakeDevice::new(), config).unwrap()
 }
 
@@ -33,7 +33,7 @@ fn pages_of(block: &[u8]) -> HostRange {
 
 /// A block is freed (and given back, by an allocator that has to be asked) while work over its pages is under way, and the thread that ends the work allocates first, as a driver does.
 pub(crate) fn a_block_in_use_is_freed_while_completion_allocates(give_back: fn()) {
-    let manager = manager();
+    let manager = manager(Duration::from_millis(50)); // it ends each round
     for round in 0..20 {
         let block = vec![round; BLOCK];
         // SAFETY: no reference points into the block from here on but to drop it; the scripted device looks through system calls.
@@ -76,7 +76,7 @@ pub(crate) fn a_storm_of_allocations_under_watched_blocks(give_back: fn()) {
         }
     }
 
-    let manager = manager();
+    let manager = manager(PATIENCE); // no work is under way when somebody waits
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         let _stop = Stop(&stop);
