@@ -62,7 +62,7 @@ impl Member {
 fn beside_many(test: &str, then: impl FnOnce(&Space, Shards, HostRange, &Line, &[Arc<Member>], &Member)) {
     isolated(test, || {
         if let Err(error) = Stranger::new() {
-            return skip(test, format_args!("no userfaultfd with WP_ASYNC here: {error}"));
+            return skip(test, format_args!("no userfaultfd here: {error}"));
         }
         let space = Space::get(Duration::from_secs(10)).unwrap();
         // The other one is a part of the same mapping, and so in the same shard; a page between them is nobody's.

@@ -17,7 +17,7 @@ use support::{
 
 fn space(test: &str, deadline: Duration) -> Option<Arc<Space>> {
     if let Err(error) = Stranger::new() {
-        skip(test, format_args!("no userfaultfd with WP_ASYNC here: {error}"));
+        skip(test, format_args!("no userfaultfd here: {error}"));
         return None;
     }
     Some(Space::get(deadline).unwrap())
@@ -44,7 +44,7 @@ fn a_space_without_descriptors_says_so_and_a_watch_needs_none() {
     const TEST: &str = "a_space_without_descriptors_says_so_and_a_watch_needs_none";
     isolated(TEST, || {
         if let Err(error) = Stranger::new() {
-            return skip(TEST, format_args!("no userfaultfd with WP_ASYNC here: {error}"));
+            return skip(TEST, format_args!("no userfaultfd here: {error}"));
         }
         mapping_at(0).unwrap(); // the kernel's list of mappings is opened once
         let before = descriptors();

@@ -17,7 +17,7 @@ const MANY: usize = 100_000;
 /// `None`, having said so, where nothing can be watched.
 fn space(test: &str) -> Option<Arc<Space>> {
     if let Err(error) = Stranger::new() {
-        skip(test, format_args!("no userfaultfd with WP_ASYNC here: {error}"));
+        skip(test, format_args!("no userfaultfd here: {error}"));
         return None;
     }
     Some(Space::get(Duration::from_secs(10)).unwrap())

@@ -199,8 +199,14 @@ impl Stranger {
         }
         // SAFETY: just made, and nobody else's.
         let this = Self(unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).expect("a descriptor is an int")) });
-        // UFFDIO_API with WP_ASYNC and what write-protection of files needs.
-        this.ask(0xc018_aa3f, &mut [0xaa_u64, 1 << 15 | 1 << 12, 0])?;
+        // UFFDIO_API with WP_ASYNC and what write-protection of files needs; a kernel without these (before Linux 6.7) watches no
+        // files, and says of other memory what is asked here without them.
+        if let Err(error) = this.ask(0xc018_aa3f, &mut [0xaa_u64, 1 << 15 | 1 << 12, 0]) {
+            if error.raw_os_error() != Some(libc::EINVAL) {
+                return Err(error);
+            }
+            this.ask(0xc018_aa3f, &mut [0xaa_u64, 0, 0])?;
+        }
         Ok(this)
     }
 
