@@ -13,8 +13,10 @@ mod query;
 mod text;
 
 use std::fs::File;
-use std::io::{self, BufReader};
+use std::io::{self, BufReader, Read};
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard};
 
 use thiserror::Error;
 
@@ -22,6 +24,7 @@ pub(crate) use backing::page_size_of;
 pub use file::mapped_from;
 
 use crate::fault::{self, Call};
+use crate::proc_file::ProcFile;
 use crate::{HostRange, MAX_PAGES, USER_SPACE_END, page_size};
 
 /// One mapping of this process (a VMA), or the part of it inside the range that was asked about.
@@ -191,7 +194,7 @@ impl Raw {
 /// Where mappings are read from; asked with rising addresses.
 enum Source {
     Query,
-    Text(text::Lines<BufReader<File>>),
+    Text(text::Lines<BufReader<Text>>),
 }
 
 /// Set when the kernel has answered that it doesn't know the ioctl: it won't learn it.
@@ -202,10 +205,14 @@ impl Source {
         if NO_QUERY.load(Ordering::Relaxed) { Self::text().map_err(MapsError::Unreadable) } else { Ok(Self::Query) }
     }
 
-    /// The text from its beginning. Opened anew, as threads would share the place in it.
+    /// The text from its beginning.
     fn text() -> io::Result<Self> {
         fault::at(Call::Text)?;
-        Ok(Self::Text(text::Lines::new(BufReader::new(File::open("/proc/self/maps")?))))
+        let text = match TURN.try_lock() {
+            Ok(turn) => Text::Kept { place: 0, _turn: turn },
+            Err(_) => Text::Own(File::open(PATH)?),
+        };
+        Ok(Self::Text(text::Lines::new(BufReader::new(text))))
     }
 
     /// The first mapping that ends above `at`.
@@ -223,6 +230,34 @@ impl Source {
                 }
                 found => found,
             },
+        }
+    }
+}
+
+const PATH: &str = "/proc/self/maps";
+
+static MAPS: ProcFile = ProcFile::new(PATH);
+
+/// Held by who reads the text from [`MAPS`].
+static TURN: Mutex<()> = Mutex::new(());
+
+/// The text of the list. The kernel goes on from the mapping it told last, but only where a read goes on from the last one: for any
+/// other it counts bytes from the beginning, of a text that may have changed since. So one at a time reads from the file that is
+/// kept, and whoever comes meanwhile, also from inside of such a walk, opens one for himself.
+enum Text {
+    Kept { place: u64, _turn: MutexGuard<'static, ()> },
+    Own(File),
+}
+
+impl Read for Text {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Own(file) => file.read(into),
+            Self::Kept { place, .. } => {
+                let read = MAPS.ask(|maps| maps.read_at(into, *place))?;
+                *place += read as u64;
+                Ok(read)
+            }
         }
     }
 }

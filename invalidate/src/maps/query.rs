@@ -1,14 +1,14 @@
 //! The `PROCMAP_QUERY` ioctl of `/proc/<pid>/maps` (`linux/fs.h`, Linux 6.11).
 
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io;
 use std::mem::{offset_of, size_of};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 
-use super::{FileId, Protection, Raw, backing};
+use super::{FileId, MAPS, Protection, Raw, backing};
 use crate::fault::{self, Call};
-use crate::proc_file::ProcFile;
 
 /// `struct procmap_query`.
 #[repr(C)]
@@ -41,8 +41,6 @@ const VMA_SHARED: u64 = 0x08;
 const COVERING_OR_NEXT_VMA: u64 = 0x10;
 
 nix::ioctl_readwrite!(procmap_query, b'f', 17, ProcmapQuery);
-
-static MAPS: ProcFile = ProcFile::new("/proc/self/maps");
 
 /// The first mapping that ends above `at`.
 pub(super) fn covering_or_next(at: usize) -> io::Result<Option<Raw>> {
@@ -81,7 +79,7 @@ fn named<const ROOM: usize>(at: usize) -> io::Result<Option<Raw>> {
     Ok(Some(raw(&query, OsStr::from_bytes(name))))
 }
 
-fn ask(maps: BorrowedFd<'_>, query: &mut ProcmapQuery) -> io::Result<()> {
+fn ask(maps: &File, query: &mut ProcmapQuery) -> io::Result<()> {
     fault::at(Call::Query)?;
     // SAFETY: `query` is the structure that PROCMAP_QUERY reads and writes, with its true size in `size`; `vma_name_addr`
     // is null or points at the caller's buffer of `vma_name_size` bytes, which outlives the call.

@@ -121,6 +121,26 @@ fn a_hole_is_told_by_its_first_address() {
 }
 
 #[test]
+fn the_text_goes_on_where_it_was_though_another_reads_it_and_lines_before_have_gone() {
+    const PAGES: usize = 1000; // some ten reads
+    let area = Area::new(PAGES);
+    for page in (1..PAGES).step_by(2) {
+        area.protect(page, libc::PROT_NONE);
+    }
+    let page_at = |source: &mut Source, index: usize| {
+        let at = area.0.start() + index * page_size();
+        assert_eq!(source.next(at).unwrap().map(|raw| raw.start), Some(at), "page {index}");
+    };
+    let [mut first, mut second] = [Source::text().unwrap(), Source::text().unwrap()];
+    (0..PAGES / 2).for_each(|index| page_at(&mut first, index));
+    for page in (1..PAGES / 4).step_by(2) {
+        area.protect(page, libc::PROT_READ);
+    }
+    (PAGES / 2..PAGES).for_each(|index| page_at(&mut second, index));
+    (PAGES / 2..PAGES).for_each(|index| page_at(&mut first, index));
+}
+
+#[test]
 fn a_device_number_and_not_a_name_tells_shared_memory() {
     let line =
         |device: &str, name: &str| parse(&format!("10000-20000 rw-s 00001000 {device} 77   {name}")).unwrap().backing;
