@@ -96,9 +96,8 @@ impl<D: Device> Object<D> {
         if cancelled {
             self.fail(&mut self.slot(), Error::Cancelled, token);
             self.wake();
-        } else {
-            self.build(noted, token, Effort::WORKER);
-            self.worked(token);
+        } else if !self.build(noted, token, Effort::WORKER) {
+            self.not_restored(token);
         }
     }
 
@@ -377,6 +376,9 @@ impl<D: Device> Object<D> {
         }
         slot.coverage = Some(coverage);
         slot.fault = None;
+        if slot.hot.as_ref().is_some_and(|hot| hot.token == token) {
+            self.engine.counters.restored.fetch_add(1, Ordering::Relaxed); // here, as it may be taken back at once
+        }
         let stale = slot.pin.replace(Arc::new(pin));
         drop(slot); // dropping a pin asks for a worker
         drop(stale);

@@ -115,18 +115,14 @@ impl<D: Device> Object<D> {
         self.hot.load(Ordering::Relaxed) && self.slot().hot.as_ref().is_some_and(|hot| hot.token == token)
     }
 
-    /// A worker is done with this acquisition.
-    pub(crate) fn worked(self: &Arc<Self>, token: u64) {
+    /// A worker is done with this acquisition, and the object is not valid.
+    pub(crate) fn not_restored(self: &Arc<Self>, token: u64) {
         if !self.is_restore(token) {
             return;
         }
         let again = {
             let slot = self.slot();
             match self.word.read().state {
-                State::Valid => {
-                    self.engine.counters.restored.fetch_add(1, Ordering::Relaxed);
-                    false
-                }
                 // What is short now may not be so later; what is mapped there changes with an event.
                 State::Faulted => matches!(
                     slot.fault.as_ref().map(|fault| &fault.error),
@@ -136,9 +132,7 @@ impl<D: Device> Object<D> {
                 _ => return,
             }
         };
-        if self.word.read().state != State::Valid {
-            self.engine.counters.restore_failures.fetch_add(1, Ordering::Relaxed);
-        }
+        self.engine.counters.restore_failures.fetch_add(1, Ordering::Relaxed);
         if again {
             self.restore_later();
         }
