@@ -1,7 +1,7 @@
 //! What can't be watched, or not held: each says so, works as far as it can, and is right where the program does its part.
 
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pinfold_core::watch::{Note, UserptrEvent, WatchConfig};
 use pinfold_core::{
@@ -144,11 +144,14 @@ fn assert_not_held(manager: &Manager<FakeDevice>, range: HostRange, reason: NoHo
     assert_eq!(advised, 0);
     assert_eq!(fence.outcome(), None, "the mutator returned while the work was under way");
     assert_eq!(object.state().unwrap(), State::Invalid, "and was noticed");
-    let mut notes = queue.notes();
-    let told = notes.find_map(|note| match note {
-        Note::Userptr(note) if note.event == UserptrEvent::Invalidated => Some(note),
-        _ => None,
-    });
+    let (mut told, deadline) = (None, Instant::now() + PATIENCE);
+    while told.is_none() {
+        assert!(Instant::now() < deadline, "the invalidation is not told");
+        told = queue.notes().find_map(|note| match note {
+            Note::Userptr(note) if note.event == UserptrEvent::Invalidated => Some(note),
+            _ => None,
+        });
+    }
     assert!(told.is_some_and(|note| note.no_hold && !note.late), "{told:?}");
     assert_eq!((manager.stats().late, manager.stats().space.late), (0, 0));
     fence.signal(Outcome::Done);

@@ -90,13 +90,19 @@ fn valid(manager: &Manager<FakeDevice>, range: HostRange) -> Userptr<FakeDevice>
     object
 }
 
-/// What the queue holds about invalidations of this object.
+/// What the queue holds about invalidations of this object, of which there is one at least. It may come later than the invalidation is seen: while
+/// another thread writes an earlier record, nothing behind that can be read.
 fn invalidations(queue: &WatchQueue, object: &Userptr<FakeDevice>) -> Vec<UserptrNote> {
     let ours = |note| match note {
         Note::Userptr(note) if note.object == object.id() && note.event == UserptrEvent::Invalidated => Some(note),
         _ => None,
     };
-    queue.notes().filter_map(ours).collect()
+    let (mut notes, deadline) = (Vec::new(), Instant::now() + PATIENCE);
+    while notes.is_empty() {
+        assert!(Instant::now() < deadline, "no invalidation of {object:?} is told");
+        notes.extend(queue.notes().filter_map(ours));
+    }
+    notes
 }
 
 type Mutate = fn(&Region) -> std::io::Result<()>;

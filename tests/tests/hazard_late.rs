@@ -36,12 +36,19 @@ fn busy(manager: &Manager<FakeDevice>, object: &Userptr<FakeDevice>) -> (Fence, 
     (fence, pending, id)
 }
 
-fn invalidations(queue: &WatchQueue) -> Vec<UserptrNote> {
+/// What the queue holds about invalidations, of which there are so many at least. They may come later than the invalidations are seen: while
+/// another thread writes an earlier record, nothing behind that can be read.
+fn invalidations(queue: &WatchQueue, count: usize) -> Vec<UserptrNote> {
     let wanted = |note| match note {
         Note::Userptr(note) if note.event == UserptrEvent::Invalidated => Some(note),
         _ => None,
     };
-    queue.notes().filter_map(wanted).collect()
+    let mut notes = Vec::new();
+    wait_until("the notes", || {
+        notes.extend(queue.notes().filter_map(wanted));
+        notes.len() >= count
+    });
+    notes
 }
 
 fn wait_until(what: &str, mut come: impl FnMut() -> bool) {
@@ -65,7 +72,7 @@ fn work_that_outlives_the_deadline_is_flagged_with_the_time_the_mutator_was_held
         assert_eq!(fence.outcome(), None, "the mutator returned before the work was over");
         assert_eq!(used.state().unwrap(), State::Invalid);
         assert_eq!(used.in_flight(), 1);
-        let notes = invalidations(&queue);
+        let notes = invalidations(&queue, 2);
         assert_eq!(notes.len(), 2);
         for note in notes {
             // The neighbour's mutator was held as long, but no work of the neighbour's was late.
@@ -104,8 +111,8 @@ fn work_that_was_given_up_on_holds_nobody_a_second_time() {
         assert_eq!((used.state().unwrap(), neighbour.state().unwrap()), (State::Invalid, State::Invalid));
         let stats = manager.stats();
         assert_eq!((stats.late, stats.space.late), (1, 1), "only the first round was late");
-        let notes = invalidations(&queue);
-        assert!(notes.len() >= 10 && notes.iter().all(|note| !note.late), "{notes:?}");
+        let notes = invalidations(&queue, 10);
+        assert!(notes.iter().all(|note| !note.late), "{notes:?}");
         // New work counts as ever: its end is waited for, and the late work's end is not taken for it.
         region.fill(0..4, 9).unwrap();
         let (second, second_pending, _) = loop {

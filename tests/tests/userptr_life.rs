@@ -1017,7 +1017,9 @@ fn the_watch_queue_tells_a_whole_life() {
     let mut last = 4;
     region.map_over(0..1).unwrap();
     // A mapping that moves away is reported as moved, and then as unmapped where it was.
-    while let Some(Note::Userptr(note)) = queue.notes().next() {
+    let generation = object.generation().unwrap().0;
+    while last < generation {
+        let note = next(&queue);
         assert_eq!((note.event, note.cause), (UserptrEvent::Invalidated, NoteCause::Unmap), "{note:?}");
         last = note.generation;
     }

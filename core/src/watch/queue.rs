@@ -295,7 +295,8 @@ impl WatchQueue {
         true
     }
 
-    /// Takes record after record, without waiting, until there is none.
+    /// Takes record after record, without waiting, until there is none. While a thread is in the middle of posting one, those behind it aren't there
+    /// either.
     pub fn records(&self) -> impl Iterator<Item = Record> {
         let mut buffer = [0; MAX_RECORD_LEN + 1];
         std::iter::from_fn(move || {
