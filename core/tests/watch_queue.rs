@@ -47,6 +47,30 @@ fn drain(queue: &WatchQueue) -> Vec<Option<u64>> {
 }
 
 #[test]
+fn records_of_every_length_come_out_whole_and_a_read_writes_nothing_behind_them() {
+    let (list, queue) = watched(WatchConfig::default());
+    for len in 8..=MAX_RECORD_LEN {
+        let payload = (8..len).map(|at| at as u8).collect::<Vec<_>>();
+        let record = Record::new(TYPE_WORK, 2, 0x0304, &payload).expect("a record");
+        list.post(0, &record);
+        let mut out = [0xee; 2 * MAX_RECORD_LEN];
+        assert_eq!(queue.read(&mut out[..len]), Ok(len));
+        let (read, behind) = out.split_at(len);
+        assert_eq!(read, record.with_tag(1).bytes(), "{len} bytes");
+        assert!(behind.iter().all(|&byte| byte == 0xee), "{len} bytes");
+    }
+    // Together, at places that have no alignment.
+    let mut out = vec![0xee; 1 << 14];
+    let posted = (8..=MAX_RECORD_LEN).map(|len| Record::new(TYPE_WORK, 0, 0, &vec![len as u8; len - 8]));
+    let posted = posted.collect::<Result<Vec<_>, _>>().expect("records");
+    posted.iter().for_each(|record| list.post(0, record));
+    let len = queue.read(&mut out).expect("records");
+    let read = records(&out[..len]).collect::<Result<Vec<_>, _>>().expect("records");
+    assert!(read.iter().copied().eq(posted.iter().map(|record| record.with_tag(1))), "{read:?}");
+    assert!(out[len..].iter().all(|&byte| byte == 0xee));
+}
+
+#[test]
 fn notes_come_out_as_they_went_in() {
     let (list, queue) = watched(WatchConfig::default());
     let userptr = UserptrNote {

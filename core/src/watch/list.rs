@@ -187,6 +187,12 @@ impl Watch {
     fn is(&self, queue: &QueueInner, scope: Scope) -> bool {
         std::ptr::eq(&raw const *self.queue, queue) && self.scope == scope
     }
+
+    /// Not inlined: in a loop over watches the compiler would prepare all that might be needed of the record, and spill it.
+    #[inline(never)]
+    fn offer(&self, object: u64, record: &Record) {
+        self.queue.offer(object, record, self.tag);
+    }
 }
 
 /// What posts walk: a copy of a list's watches.
@@ -198,12 +204,13 @@ struct Posted {
 }
 
 impl Posted {
-    /// The half of a post for the watches of one object. Not inlined, as most lists have none.
+    /// A post to more than a watch of everything. Apart, to leave a post to just that without a loop to prepare for.
     #[inline(never)]
-    fn offer_to_those_of(&self, object: u64, record: &Record) {
+    fn offer_to_each(&self, object: u64, record: &Record) {
+        self.of_all.iter().for_each(|watch| watch.offer(object, record));
         let first = self.of_one.partition_point(|watch| watch.scope < Scope::Object(object));
         let these = self.of_one[first..].iter().take_while(|watch| watch.scope == Scope::Object(object));
-        these.for_each(|watch| watch.queue.offer(object, record, watch.tag));
+        these.for_each(|watch| watch.offer(object, record));
     }
 }
 
@@ -217,11 +224,9 @@ pub(super) struct ListInner {
 
 impl ListInner {
     fn post(&self, object: u64, record: &Record) {
-        self.posted_to.read(|posted| {
-            posted.of_all.iter().for_each(|watch| watch.queue.offer(object, record, watch.tag));
-            if !posted.of_one.is_empty() {
-                posted.offer_to_those_of(object, record);
-            }
+        self.posted_to.read(move |posted| match (&*posted.of_all, &*posted.of_one) {
+            ([watch], []) => watch.queue.offer(object, record, watch.tag),
+            _ => posted.offer_to_each(object, record),
         });
     }
 

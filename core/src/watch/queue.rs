@@ -247,17 +247,7 @@ impl WatchQueue {
         if out.is_empty() {
             return Ok(0);
         }
-        self.read_at_most(out, usize::MAX)
-    }
-
-    #[inline]
-    fn read_at_most(&self, out: &mut [u8], records: usize) -> Result<usize, ReadError> {
-        let turn = self.inner.reading.0.turn.take();
-        let read = self.inner.read(&turn, out, records);
-        if self.inner.bell().is_level() {
-            self.inner.arm();
-        }
-        read
+        self.inner.read::<false>(out)
     }
 
     /// The same, but waits for a record: at most `limit`, or for good.
@@ -300,7 +290,7 @@ impl WatchQueue {
     pub fn records(&self) -> impl Iterator<Item = Record> {
         let mut buffer = [0; MAX_RECORD_LEN + 1];
         std::iter::from_fn(move || {
-            let len = self.read_at_most(&mut buffer, 1).ok()?;
+            let len = self.inner.read::<true>(&mut buffer).ok()?;
             Record::from_bytes(&buffer[..len]).ok()
         })
     }
@@ -463,6 +453,12 @@ impl QueueInner {
         }
     }
 
+    /// Whether every read arms the bell.
+    #[inline]
+    fn bell_is_level(&self) -> bool {
+        matches!(&self.wakeup, Wakeup::Bell(bell) if bell.is_level())
+    }
+
     /// Arms the bell; see [`Bell::arm`]. The caller holds the reader's lock. Not inlined: most queues' descriptors are polled by nobody.
     #[inline(never)]
     fn arm(&self) -> bool {
@@ -492,15 +488,23 @@ impl QueueInner {
     /// Puts a record in, with this tag, if filter and policy let it. Never waits, allocates or frees.
     #[inline]
     pub(super) fn offer(&self, object: u64, record: &Record, tag: u8) {
-        // Most queues let everything in, and then this is all there is to it.
-        if (self.filter.is_some() || self.policy.is_some() || self.strict) && !self.wants(object, record, tag) {
-            return;
+        // Most queues let everything in.
+        if self.filter.is_some() || self.policy.is_some() || self.strict {
+            self.store_wanted(object, record, tag);
+        } else {
+            self.store(record, tag);
         }
-        self.store(record, tag);
+    }
+
+    /// Apart, so that nothing need be kept over the asking where nobody is asked.
+    #[inline(never)]
+    fn store_wanted(&self, object: u64, record: &Record, tag: u8) {
+        if self.wants(object, record, tag) {
+            self.store(record, tag);
+        }
     }
 
     /// Whether filter and policy let the record in. If not, it is counted.
-    #[inline(never)]
     fn wants(&self, object: u64, record: &Record, tag: u8) -> bool {
         if record.kind() != TYPE_META && self.filter.read(|filter| filter.passes(record, tag)) == Some(false) {
             self.filtered.fetch_add(1, Ordering::Relaxed);
@@ -518,8 +522,7 @@ impl QueueInner {
         true
     }
 
-    /// Not inlined: in a loop over watches the compiler would prepare all that might be needed of the record, and spill it.
-    #[inline(never)]
+    #[inline]
     fn store(&self, record: &Record, tag: u8) {
         let tell = match self.ring.push_or_mark_lost(record, tag) {
             Push::Stored => true,
@@ -584,36 +587,65 @@ impl QueueInner {
         unsafe { self.ring.reader() }
     }
 
-    /// See [`WatchQueue::read`]; of this many records at most, which is at least one.
+    /// See [`WatchQueue::read`]; of one record only, or of as many as fit.
+    ///
+    /// What a read of one record finds is done here, and all else goes on in functions of its own, so that nothing need be kept for them.
     #[inline]
-    fn read(&self, turn: &Taken<'_>, out: &mut [u8], records: usize) -> Result<usize, ReadError> {
-        let ring = self.reader(turn);
-        let pending = ring.usage().1;
-        let high_water = &self.reading.0.high_water;
+    fn read<const ONE: bool>(&self, out: &mut [u8]) -> Result<usize, ReadError> {
+        let Some(turn) = self.reading.0.turn.try_take() else { return self.read_later::<ONE>(out) };
+        let ring = self.reader(&turn);
+        if !ring.is_own() || self.bell_is_level() {
+            return self.read_on::<ONE>(turn, out, 0);
+        }
+        self.see_waiting(&ring);
+        // What doesn't fit stays, and is found again.
+        let Some(Ok(len)) = ring.take(out, || self.removals_wait()) else {
+            return self.read_on::<ONE>(turn, out, 0);
+        };
+        // No record is shorter than its header: don't look for one that can't fit.
+        if ONE || out.len() - len < HEADER_LEN { Ok(len) } else { self.read_on::<ONE>(turn, out, len) }
+    }
+
+    /// The same for who has to wait for its turn.
+    #[cold]
+    fn read_later<const ONE: bool>(&self, out: &mut [u8]) -> Result<usize, ReadError> {
+        self.read_on::<ONE>(self.reading.0.turn.take(), out, 0)
+    }
+
+    /// Remembers how many records wait, if there were never more.
+    #[inline]
+    fn see_waiting(&self, ring: &Reader<'_>) {
+        let (pending, high_water) = (ring.usage().1, &self.reading.0.high_water);
         // Relaxed: a count that only the lock's holder writes.
         if pending > high_water.load(Ordering::Relaxed) {
             high_water.store(pending, Ordering::Relaxed);
         }
-        // What doesn't fit stays, and is found again.
-        let Some(Ok(len)) = ring.take(out, || self.removals_wait()) else {
-            return self.read_on(turn, out, 0, records);
-        };
-        // No record is shorter than its header: don't look for one that can't fit.
-        if out.len() - len < HEADER_LEN {
-            return Ok(len);
-        }
-        self.read_on(turn, out, len, records - 1)
     }
 
-    /// Goes on with a read that has `total` bytes. Apart, so that a read of one record has no loop to prepare for.
+    /// Goes on with a read that has `total` bytes, and ends its turn.
     #[inline(never)]
-    fn read_on(&self, turn: &Taken<'_>, out: &mut [u8], mut total: usize, records: usize) -> Result<usize, ReadError> {
-        let ring = self.reader(turn);
-        for _ in 0..records {
+    fn read_on<const ONE: bool>(&self, turn: Taken<'_>, out: &mut [u8], total: usize) -> Result<usize, ReadError> {
+        let ring = self.reader(&turn);
+        self.see_waiting(&ring);
+        let read = self.read_more::<ONE>(&ring, out, total);
+        if self.bell_is_level() {
+            self.arm();
+        }
+        read
+    }
+
+    #[inline]
+    fn read_more<const ONE: bool>(
+        &self,
+        ring: &Reader<'_>,
+        out: &mut [u8],
+        mut total: usize,
+    ) -> Result<usize, ReadError> {
+        loop {
             let left = &mut out[total..];
             let copied = match ring.take(left, || self.removals_wait()) {
                 Some(copied) => copied,
-                None => match self.take_other(&ring, left, total) {
+                None => match self.take_other(ring, left, total) {
                     Ok(copied) => copied,
                     Err(end) if total > 0 || end => return Ok(total),
                     Err(_) => return Err(ReadError::Empty),
@@ -624,11 +656,10 @@ impl QueueInner {
                 Err(_) if total > 0 => return Ok(total),
                 Err(needed) => return Err(ReadError::NoBuffer { needed, given: out.len() }),
             }
-            if out.len() - total < HEADER_LEN {
-                break;
+            if ONE || out.len() - total < HEADER_LEN {
+                return Ok(total);
             }
         }
-        Ok(total)
     }
 
     /// A step of a read that finds anything but just a record. If there is nothing, the error says whether nothing will ever come.

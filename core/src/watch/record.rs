@@ -36,8 +36,8 @@ pub const INFO_LENGTH: u32 = 0x0000_007f;
 pub const INFO_ID: u32 = 0x0000_ff00;
 /// How far [`INFO_ID`] is shifted.
 pub const INFO_ID_SHIFT: u32 = 8;
-/// Where the byte of [`INFO_ID`] is in a record.
-const TAG_AT: usize = if cfg!(target_endian = "little") { 5 } else { 6 };
+/// How far [`INFO_ID`] is shifted in a header taken as one word.
+const TAG_SHIFT: u32 = INFO_ID_SHIFT + if cfg!(target_endian = "little") { 32 } else { 0 };
 /// `info`: bits whose meaning depends on the type; the flags are its low 8.
 pub const INFO_TYPE_INFO: u32 = 0xffff_0000;
 /// How far [`INFO_TYPE_INFO`] is shifted.
@@ -141,23 +141,22 @@ impl Record {
     /// The same record as the watch with this tag sees it.
     #[must_use]
     pub fn with_tag(mut self, tag: u8) -> Self {
-        let header = self.tagged_header(tag);
+        let header = self.tagged_header(tag).to_ne_bytes();
         self.bytes[..HEADER_LEN].copy_from_slice(&header);
         self
     }
 
-    /// The header as the watch with this tag sees it.
+    /// The header, as one word, as the watch with this tag sees it.
     #[inline]
-    pub(super) fn tagged_header(&self, tag: u8) -> [u8; HEADER_LEN] {
-        let mut header = *self.bytes.first_chunk().expect("a slot is longer than a header");
-        header[TAG_AT] = tag;
-        header
+    pub(super) fn tagged_header(&self, tag: u8) -> u64 {
+        let header = u64::from_ne_bytes(*self.bytes.first_chunk().expect("a slot is longer than a header"));
+        header & !(0xff << TAG_SHIFT) | u64::from(tag) << TAG_SHIFT
     }
 
     /// The second header word as the watch with this tag sees it.
     #[inline]
     pub(super) fn tagged_info(&self, tag: u8) -> u32 {
-        let [.., a, b, c, d] = self.tagged_header(tag);
+        let [.., a, b, c, d] = self.tagged_header(tag).to_ne_bytes();
         u32::from_ne_bytes([a, b, c, d])
     }
 

@@ -102,7 +102,12 @@ struct View<'a> {
 impl<'a> View<'a> {
     #[inline]
     fn at(self, position: u64) -> &'a Slot {
-        &self.slots[position as usize & (self.slots.len() - 1)]
+        self.get(position).expect("there are slots")
+    }
+
+    #[inline]
+    fn get(self, position: u64) -> Option<&'a Slot> {
+        self.slots.get(position as usize & self.slots.len().wrapping_sub(1))
     }
 
     /// Copies the record of a committed slot to the front of `out`; its length comes back either way. For a [`Reader`].
@@ -112,14 +117,35 @@ impl<'a> View<'a> {
         let len = super::record::length_field(&slot.words[0].load(Ordering::Relaxed).to_ne_bytes());
         let Some(out) = out.get_mut(..len) else { return Err(len) };
         if self.owned && !cfg!(loom) {
-            // SAFETY: a slot is longer than any length field says, and `out` is exclusive, so not in a slot. No post writes the slot now: its last one is over, as
-            // its `commit` was seen, and the next one needs a `tail` that only a `Reader` moves, in this thread, after this; in memory that is this process's alone,
-            // nobody else can. The models have loom check just that.
-            unsafe { ptr::copy_nonoverlapping(slot.words.as_ptr().cast(), out.as_mut_ptr(), len) };
+            // SAFETY: the words are as many bytes, each of them initialized. No post writes the slot now: its last one is over, as its `commit` was seen, and the next one needs a `tail` that
+            // only a `Reader` moves, in this thread, after this; in memory that is this process's alone, nobody else can. The models have loom check just that.
+            let bytes = unsafe { &*slot.words.as_ptr().cast::<[u8; SLOT_LEN]>() };
+            copy_bytes_out(&bytes[..len], out);
             return Ok(len);
         }
         copy_words_out(slot, out);
         Ok(len)
+    }
+}
+
+/// Copies a record's bytes as two pieces that overlap, of lengths that the compiler knows: a call of `memcpy`, with all that must be kept over it, costs more.
+#[inline]
+fn copy_bytes_out(record: &[u8], out: &mut [u8]) {
+    #[inline]
+    fn ends<const N: usize>(record: &[u8], out: &mut [u8]) {
+        if let (Some(from), Some(to)) = (record.first_chunk::<N>(), out.first_chunk_mut()) {
+            *to = *from;
+        }
+        if let (Some(from), Some(to)) = (record.last_chunk::<N>(), out.last_chunk_mut()) {
+            *to = *from;
+        }
+    }
+    match record.len() {
+        64.. => ends::<64>(record, out),
+        32.. => ends::<32>(record, out),
+        16.. => ends::<16>(record, out),
+        // No record is shorter than its header.
+        _ => ends::<HEADER_LEN>(record, out),
     }
 }
 
@@ -396,6 +422,12 @@ pub(super) struct Reader<'a> {
 }
 
 impl Reader<'_> {
+    /// Whether the ring has slots, and they are this process's alone. Who asks first leaves a [`take`](Self::take) without the other case.
+    #[inline]
+    pub(super) fn is_own(&self) -> bool {
+        self.slots.is_some_and(|slots| slots.owned)
+    }
+
     /// Records stored so far, and records that are stored now.
     #[inline]
     pub(super) fn usage(&self) -> (u64, u64) {
@@ -434,7 +466,7 @@ impl Reader<'_> {
         // Relaxed: nobody else writes it.
         let tail = self.tail.load(Ordering::Relaxed);
         let slots = self.slots?;
-        let slot = slots.at(tail >> 1);
+        let slot = slots.get(tail >> 1)?;
         let after = (tail | REPORTED) + 1;
         // Acquire: the record's bytes. Equal to the next position's `tail`, so committed and without `LOST_BEFORE`.
         if slot.commit.load(Ordering::Acquire) != after || before() {
@@ -475,7 +507,7 @@ impl Reader<'_> {
 fn fill(slot: &Slot, record: &Record, tag: u8, owned: bool) {
     let ([header, to @ ..], [_, from @ ..]) = (&slot.words, record.words());
     // Relaxed: the write of `commit` publishes them.
-    header.store(u64::from_ne_bytes(record.tagged_header(tag)), Ordering::Relaxed);
+    header.store(record.tagged_header(tag), Ordering::Relaxed);
     let ((first, second), (from_first, from_second)) = (to.split_at(FIRST_LINE), from.split_at(FIRST_LINE));
     copy_in(first, from_first, owned);
     if record.length() > HEADER_LEN + 8 * FIRST_LINE {

@@ -51,13 +51,9 @@ impl<T: Send + Sync> Snapshot<T> {
         }
     }
 
-    /// Looks at the value, if there is one. Never waits, allocates or frees; a few nanoseconds where there is none.
+    /// Looks at the value, if there is one; [`is_some`](Self::is_some) says so for less. Never waits, allocates or frees.
     #[inline]
     pub(super) fn read<R>(&self, look: impl FnOnce(&T) -> R) -> Option<R> {
-        // Relaxed: nothing is read through this pointer. A value set concurrently counts as set after this call.
-        if self.current.load(Ordering::Relaxed).is_null() {
-            return None;
-        }
         match Looking::at(ptr::from_ref(self).cast()) {
             Some(_looking) => self.look(look),
             None => self.read_counted(look),
@@ -86,6 +82,7 @@ impl<T: Send + Sync> Snapshot<T> {
     /// Whether there is a value.
     #[inline]
     pub(super) fn is_some(&self) -> bool {
+        // Relaxed: nothing is read through this pointer. A value set concurrently counts as set after this call.
         !self.current.load(Ordering::Relaxed).is_null()
     }
 

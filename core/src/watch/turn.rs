@@ -31,31 +31,31 @@ impl Turn {
     /// Waits for its turn.
     #[inline]
     pub(super) fn take(&self) -> Taken<'_> {
-        if !self.try_take() {
-            self.wait();
-        }
-        Taken(self)
+        self.try_take().unwrap_or_else(|| self.wait())
     }
 
+    /// Takes the turn if it is nobody's.
     #[inline]
-    fn try_take(&self) -> bool {
+    pub(super) fn try_take(&self) -> Option<Taken<'_>> {
         // Acquire: pairs with the Release of the drop.
-        self.taken.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok()
+        let taken = self.taken.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok();
+        taken.then(|| Taken(self))
     }
 
     #[cold]
-    fn wait(&self) {
+    fn wait(&self) -> Taken<'_> {
         // Relaxed: the barrier orders it before the look.
         self.waiting.fetch_add(1, Ordering::Relaxed);
         barrier::heavy();
-        loop {
+        let taken = loop {
             let seen = self.freed.value();
-            if self.try_take() {
-                break;
+            if let Some(taken) = self.try_take() {
+                break taken;
             }
             self.freed.wait(seen, None);
-        }
+        };
         self.waiting.fetch_sub(1, Ordering::Relaxed);
+        taken
     }
 }
 
