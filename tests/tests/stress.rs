@@ -13,9 +13,10 @@ use userptr::{Dma, Fake, Rig, oracle};
 // rows (dma): xe/threads-{userptr-invalidate,userptr-invalidate-race,rebind-err}
 fn no_device_that_pins_reads_what_a_mutation_that_has_returned_took_away() {
     let time = oracle::time(2_000);
-    for backing in oracle::backings() {
+    let pool = oracle::huge_pages();
+    for backing in oracle::backings(pool.as_ref()) {
         let case = move || match Dma::new() {
-            Ok(rig) if backing == Backing::AnonymousShared && !rig.spans_files() => {
+            Ok(rig) if matches!(backing, Backing::AnonymousShared | Backing::HugeTlb) && !rig.spans_files() => {
                 println!("{backing:?} is of several files after a mutation, which can't be pinned");
             }
             Ok(rig) if rig.takes(backing) => {
@@ -33,7 +34,8 @@ fn no_device_that_pins_reads_what_a_mutation_that_has_returned_took_away() {
 // rows (fake): selftests/uffd-stress; xe/threads-{userptr-invalidate,userptr-invalidate-race,rebind-err}
 fn no_device_that_copies_keeps_what_a_mutation_that_has_returned_took_away() {
     let time = oracle::time(500);
-    for backing in oracle::backings() {
+    let pool = oracle::huge_pages();
+    for backing in oracle::backings(pool.as_ref()) {
         let case = move || oracle::life(Fake::new, backing, time);
         oracle::tell(&isolated_case(&format!("{backing:?}"), time + 2 * PATIENCE, case));
     }

@@ -14,7 +14,8 @@ use userptr::vulkan::Vulkan;
 // rows: xe/threads-{userptr-invalidate,userptr-invalidate-race,rebind-err}
 fn no_driver_reads_what_a_mutation_that_has_returned_took_away() {
     let time = oracle::time(500);
-    for backing in oracle::backings() {
+    let pool = oracle::huge_pages();
+    for backing in oracle::backings(pool.as_ref()) {
         let case = move || {
             drop(gpu!());
             oracle::life(|| Vulkan::new(Gpu::new().unwrap()), backing, time);

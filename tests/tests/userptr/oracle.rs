@@ -8,6 +8,7 @@
 //! bare discard is announced to nobody), and private pages are moved onto private memory. That the oracle notices stale pins at all is shown
 //! in `hazard_stale`, by an object that nobody watches.
 
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
@@ -15,10 +16,10 @@ use std::time::{Duration, Instant};
 
 use pinfold_core::{Error, Lease, SubmitError, Userptr};
 use pinfold_invalidate::page_size;
-use pinfold_tests::PATIENCE;
 use pinfold_tests::leaks::Holdings;
-use pinfold_tests::memory::{Backing, Move, Region};
+use pinfold_tests::memory::{Backing, HugePages, Move, Region};
 use pinfold_tests::process::Ending;
+use pinfold_tests::{PATIENCE, skip_part};
 
 use super::{Rig, change::move_onto, register};
 
@@ -26,6 +27,14 @@ const THREADS: usize = 4;
 /// Each mutator has two pages of its own, so that the versions of a page are of one writer, and nobody replaces a mapping that somebody else has
 /// just put there.
 const PAGES: usize = 2 * THREADS;
+
+/// How many of the processor's pages are one page of this kind of memory.
+fn unit(backing: Backing) -> usize {
+    if backing == Backing::HugeTlb { (2 << 20) / page_size() } else { 1 }
+}
+
+/// Huge pages for the region, for what replaces them, and for those that the device still has.
+const POOL: u64 = 64;
 
 /// A way of taking a page away, or of seeming to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,6 +97,7 @@ struct Race<'a, R: Rig> {
     rig: &'a R,
     region: Region,
     ways: Vec<Way>,
+    unit: usize,
     history: [Page; PAGES],
     reads: AtomicUsize,
     mutations: AtomicUsize,
@@ -110,11 +120,26 @@ impl<R: Rig> Race<'_, R> {
         self.stop.load(Ordering::Relaxed) || seen && done && Instant::now() >= self.end
     }
 
+    /// One of the pages, as the processor's.
+    fn page(&self, page: usize) -> Range<usize> {
+        page * self.unit..(page + 1) * self.unit
+    }
+
+    /// Maps it anew. The pool of huge pages may be empty for as long as the device has old ones.
+    fn map_over(&self, pages: Range<usize>) {
+        let end = Instant::now() + PATIENCE;
+        while let Err(error) = self.region.map_over(pages.clone()) {
+            let waits = self.unit > 1 && error.raw_os_error() == Some(libc::ENOMEM) && Instant::now() < end;
+            assert!(waits, "pages {pages:?}: {error}");
+            thread::yield_now();
+        }
+    }
+
     fn take_away(&self, page: usize, way: Way) {
-        let (region, pages) = (&self.region, page..page + 1);
+        let (region, pages) = (&self.region, self.page(page));
         let bracket = |range, f: &dyn Fn()| self.rig.manager().mutate(&[range], f).unwrap();
         match way {
-            Way::MapFixed => region.map_over(pages).unwrap(),
+            Way::MapFixed => self.map_over(pages),
             Way::DontNeed => region.advise(pages, libc::MADV_DONTNEED).unwrap(),
             Way::Bracketed(advice) => bracket(region.part(pages.clone()), &|| {
                 // What has been made private has no file to punch; it goes by being discarded.
@@ -125,18 +150,18 @@ impl<R: Rig> Race<'_, R> {
             Way::PunchHole => bracket(region.part(pages.clone()), &|| region.punch_hole(pages.clone()).unwrap()),
             Way::UnmapAndMap => {
                 region.unmap(pages.clone()).unwrap();
-                region.map_over(pages).unwrap();
+                self.map_over(pages);
             }
             Way::MoveAway => {
                 drop(region.relocate(pages.clone(), Move::Away).unwrap());
-                region.map_over(pages).unwrap();
+                self.map_over(pages);
             }
             Way::MoveLeaving => {
                 // Not for every kind of memory, on every kernel.
                 if let Ok(moved) = region.relocate(pages.clone(), Move::DontUnmap) {
                     drop(moved);
                 } else {
-                    region.map_over(pages).unwrap();
+                    self.map_over(pages);
                 }
             }
             Way::MoveOnto => move_onto(region.part(pages), 0).unwrap(),
@@ -157,8 +182,8 @@ impl<R: Rig> Race<'_, R> {
             let version = history.floor.load(Ordering::Relaxed) + 1;
             history.begun.store(version, Ordering::SeqCst);
             self.take_away(page, way);
-            self.region.write(page * page_size(), &version.to_ne_bytes()).unwrap();
-            self.rig.written(self.region.part(page..page + 1));
+            self.region.write(self.page(page).start * page_size(), &version.to_ne_bytes()).unwrap();
+            self.rig.written(self.region.part(self.page(page)));
             history.floor.store(version, Ordering::SeqCst);
             rounds += 1;
             self.mutations.fetch_add(1, Ordering::Relaxed);
@@ -167,8 +192,8 @@ impl<R: Rig> Race<'_, R> {
 
     /// Acquires, submits and checks.
     fn read(&self, object: &Userptr<R::D>) {
-        let first = (object.range().start() - self.region.range().start()) / page_size();
-        let history = &self.history[first..first + object.range().pages()];
+        let first = (object.range().start() - self.region.range().start()) / page_size() / self.unit;
+        let history = &self.history[first..first + object.range().pages() / self.unit];
         let load = |which: fn(&Page) -> &AtomicU64| -> Vec<u64> {
             history.iter().map(|page| which(page).load(Ordering::SeqCst)).collect()
         };
@@ -187,7 +212,7 @@ impl<R: Rig> Race<'_, R> {
                 Err(error) => panic!("{error}"),
             };
             let begun = load(|page| &page.begun);
-            for (page, &version) in seen.iter().enumerate() {
+            for (page, &version) in seen.iter().step_by(self.unit).enumerate() {
                 let (floor, begun) = (floors[page], begun[page]);
                 // Zero: a fresh page, between a mutation that began after the acquire and the write of its version.
                 let fresh = version == 0 && begun > floor;
@@ -213,20 +238,22 @@ fn guarded<R: Rig>(race: &Race<'_, R>, body: impl FnOnce()) {
 }
 
 fn race<R: Rig>(rig: &R, backing: Backing, time: Duration) -> Tally {
-    let region = Region::new(backing, PAGES).unwrap();
-    if !backing.shared() && backing != Backing::Anonymous && backing != Backing::AnonymousHuge {
+    let unit = unit(backing);
+    let region = Region::new(backing, PAGES * unit).unwrap();
+    if !backing.shared() && !matches!(backing, Backing::Anonymous | Backing::AnonymousHuge | Backing::HugeTlb) {
         // Fresh pages of a private mapping are the file's: zeros, as everywhere.
         region.truncate(0).and_then(|()| region.truncate(PAGES)).unwrap();
     }
     let history: [Page; PAGES] = Default::default();
     for (page, history) in history.iter().enumerate() {
-        region.write(page * page_size(), &1_u64.to_ne_bytes()).unwrap();
+        region.write(page * unit * page_size(), &1_u64.to_ne_bytes()).unwrap();
         history.begun.store(1, Ordering::SeqCst);
         history.floor.store(1, Ordering::SeqCst);
     }
     let race = Race {
         rig,
         ways: ways(rig, backing),
+        unit,
         region,
         history,
         reads: AtomicUsize::new(0),
@@ -235,9 +262,9 @@ fn race<R: Rig>(rig: &R, backing: Backing, time: Duration) -> Tally {
         end: Instant::now() + time,
     };
     // Over all of it twice, and over a range and a part that end in the middle of it and of each other.
-    let [first, second, range] =
-        [0..PAGES, 0..PAGES, 0..5].map(|pages| register(rig.manager(), race.region.part(pages)));
-    let part = first.part(3 * page_size()..PAGES * page_size()).unwrap();
+    let [first, second, range] = [0..PAGES, 0..PAGES, 0..5]
+        .map(|pages| register(rig.manager(), race.region.part(pages.start * unit..pages.end * unit)));
+    let part = first.part(3 * unit * page_size()..PAGES * unit * page_size()).unwrap();
     let objects = [first, second, range, part];
     thread::scope(|scope| {
         let race = &race;
@@ -256,9 +283,15 @@ fn race<R: Rig>(rig: &R, backing: Backing, time: Duration) -> Tally {
     tally
 }
 
+/// The pool that [`backings`] asks for, where it can be had. It is to be kept while they are used.
+pub fn huge_pages() -> Option<HugePages> {
+    HugePages::add(POOL).inspect_err(|why| skip_part!("{why}")).ok()
+}
+
 /// The kinds of memory that can carry versions, and that somebody tells of.
-pub fn backings() -> impl Iterator<Item = Backing> {
-    Backing::ALL.into_iter().filter(|backing| backing.writable() && backing.watchable())
+pub fn backings(pool: Option<&HugePages>) -> impl Iterator<Item = Backing> {
+    let huge = pool.map(|_| Backing::HugeTlb);
+    Backing::ALL.into_iter().filter(|backing| backing.writable() && backing.watchable()).chain(huge)
 }
 
 /// How long each kind of memory is raced over: what `PINFOLD_STRESS_MS` says, in milliseconds.
