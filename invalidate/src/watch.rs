@@ -313,13 +313,15 @@ impl Inner {
             ledger.watch_more(piece, Watch { shard, span: WatchSpan::Exact });
             Ok(shard)
         };
-        // Refused for a part of a huge page.
+        // Refused for a part of a huge page. Of a file's pages the size isn't known where the pool is one that was mounted, or isn't the default one.
         let is_possible = (piece.start() | piece.len()).is_multiple_of(page_size_of(mapping.file));
         // Once more, to wait for a discard and to arm what the ledger may not know to be new: nothing is split.
         let is_there = ledger.covered(piece).is_some();
         if is_possible && (is_there || (asked == WatchSpan::Exact && Self::is_better_exact(ledger, mapping))) {
             match exact(ledger) {
                 Err(Refusal::Can(WatchError::TooManyMappings { .. })) => {}
+                Err(Refusal::Can(WatchError::Moving { .. }) | Refusal::Never(ManualReason::Unsupported))
+                    if mapping.file.is_some() => {}
                 other => return other,
             }
         }

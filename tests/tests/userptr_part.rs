@@ -3,10 +3,15 @@
 #[macro_use]
 mod userptr;
 
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
 
 use pinfold_core::{Access, Coverage, Error, ManualReason, Policy, State};
-use pinfold_invalidate::page_size;
+use pinfold_invalidate::{HostRange, page_size};
 use pinfold_tests::leaks::pinned;
 use pinfold_tests::memory::{Backing, HugePages, Region};
 use pinfold_tests::process::isolated;
@@ -150,4 +155,68 @@ fn a_part_of_a_page_of_the_huge_pool_is_watched_with_all_of_its_mapping() {
     let generation = part.generation().unwrap();
     region.unmap(0..512).unwrap();
     assert_taken_back(&part, generation);
+}
+
+/// A new file on a pool of huge pages that is mounted for it, in the calling thread's own view of the file system.
+fn file_on_a_mounted_pool() -> io::Result<File> {
+    let done = |result: libc::c_int| if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) };
+    let place = std::env::temp_dir().join(format!("pinfold-huge-{}", std::process::id()));
+    let path = CString::new(place.as_os_str().as_bytes())?;
+    // SAFETY: flags only.
+    done(unsafe { libc::unshare(libc::CLONE_NEWNS) })?;
+    let (none, root) = (c"none".as_ptr(), c"/".as_ptr());
+    // SAFETY: terminated strings, and no data.
+    done(unsafe { libc::mount(none, root, std::ptr::null(), libc::MS_REC | libc::MS_PRIVATE, std::ptr::null()) })?;
+    std::fs::create_dir(&place)?;
+    // SAFETY: as above.
+    let mounted = done(unsafe { libc::mount(none, path.as_ptr(), c"hugetlbfs".as_ptr(), 0, std::ptr::null()) });
+    let file = mounted.and_then(|()| {
+        let file = File::options().read(true).write(true).create_new(true).open(place.join("file"));
+        // SAFETY: a terminated string; the file keeps what was mounted there.
+        done(unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) })?;
+        file
+    });
+    std::fs::remove_dir(&place)?;
+    file
+}
+
+#[test]
+fn a_part_of_a_huge_page_of_a_file_is_watched_with_all_of_its_mapping() {
+    let _pool = match HugePages::add(4) {
+        Ok(pool) => pool,
+        Err(why) => skip!("{why}"),
+    };
+    let ending = isolated(|| {
+        let file = match file_on_a_mounted_pool() {
+            Ok(file) => file,
+            Err(e) => skip!("no pool of huge pages can be mounted here: {e}"),
+        };
+        let (page, len) = (page_size(), 2 * 512 * page_size());
+        file.set_len(len as u64).unwrap();
+        let (rights, shared, fd) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, file.as_raw_fd());
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), len, rights, shared, fd, 0) };
+        assert_ne!(at, libc::MAP_FAILED);
+        // SAFETY: just mapped, and nobody else's.
+        let region = unsafe { Region::adopt(HostRange::from_ptr(at, len).unwrap()) };
+        (0..1024).for_each(|page| region.fill(page..page + 1, (page % 251) as u8).unwrap());
+        let rig = Fake::new();
+        let part = register(&rig.manager, region.range()).part(page..9 * page).unwrap();
+        assert_eq!(device_sees(&rig, &part), program_sees(&region)[1..9]);
+        assert_eq!(part.coverage(), Some(Coverage::Watched));
+        assert!(space().is_watched(region.range()), "with all of its mapping");
+
+        assert_eq!(rig.manager.stats().retries, 0, "what the kernel refuses is not tried twice");
+        let hole = || {
+            let flags = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+            // SAFETY: numbers only, and no reference points into the mapping whose contents change.
+            assert_eq!(unsafe { libc::fallocate(fd, flags, 0, 512 * page_size() as i64) }, 0);
+        };
+        rig.manager.mutate(&[region.range()], hole).unwrap();
+        assert_eq!(device_sees(&rig, &part), [0; 8]);
+        let generation = part.generation().unwrap();
+        region.unmap(0..512).unwrap();
+        assert_taken_back(&part, generation);
+    });
+    ending.expect_return();
 }
