@@ -9,7 +9,7 @@ use crate::fault::{Call, refuse, refused};
 use crate::uffd::{Uffd, feature};
 use crate::{
     Change, Coverage, DirtyTracker, HostRange, ManualReason, Missing, Shards, Space, SpaceError, Taken, Target,
-    WatchError, Watched, any_present, missing, monitor, page_size, still_watched,
+    WatchError, Watched, any_present, mappings, missing, monitor, page_size, still_watched,
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -94,6 +94,25 @@ const IS_FOREIGN: Check =
     |answer| answer.as_ref().is_ok_and(|watched| watched.coverage == Coverage::Manual(ManualReason::Foreign));
 const IS_READ_ONLY: Check =
     |answer| answer.as_ref().is_ok_and(|watched| watched.coverage == Coverage::Manual(ManualReason::SharedReadOnly));
+
+#[test]
+fn a_mapping_that_was_not_among_those_asked_for_is_moving() {
+    if !is_possible() {
+        return;
+    }
+    let (space, memory) = (space().unwrap(), Memory::new());
+    space.insert(memory.0, 1, Arc::new(Counts::default()));
+    let known = mappings(memory.0).unwrap();
+    let second = ptr::with_exposed_provenance_mut(memory.page(1).start());
+    // SAFETY: a page of the test's, which no reference points into.
+    assert_eq!(unsafe { libc::mprotect(second, page_size(), libc::PROT_READ) }, 0);
+    // All of it can be watched, and page 1 begins a mapping that wasn't there when the list was made.
+    let answer = space.watch_as(memory.0, &known);
+    assert!(IS_MOVING(&answer), "{answer:?}");
+    let answer = space.watch(memory.0);
+    assert!(IS_WATCHED(&answer), "{answer:?}");
+    space.remove(memory.0, 1);
+}
 
 #[test]
 fn a_watch_that_is_refused_says_so_leaves_nothing_unrecorded_and_works_the_next_time() {

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use nix::errno::Errno;
 use nix::sys::mman::{MRemapFlags, mremap, munmap};
 use pinfold_core::DeviceError;
-use pinfold_invalidate::{FileId, HostRange, Protection, Space, mappings, page_size};
+use pinfold_invalidate::{FileId, HostRange, MapsError, Protection, Space, mappings, page_size};
 
 use crate::path::Run;
 
@@ -110,7 +110,7 @@ impl Kept {
 /// Why there is no alias.
 #[derive(Debug)]
 pub(crate) enum NoAlias {
-    /// The kernel can't make one of this mapping (huge pages, no room); the mapping itself can still be imported.
+    /// The kernel can't make one of this mapping (huge pages, no room), or not tell what it shows; the mapping itself can still be imported.
     Impossible(Errno),
     /// The memory isn't what it was.
     Fault(DeviceError),
@@ -140,7 +140,13 @@ impl AliasCache {
         };
         // INVARIANT: `made` is a new mapping that nobody else knows; what it shows is checked before anyone else can see it.
         let new = Arc::new(Alias { range: made, run, id, cache: Arc::downgrade(self) });
-        let shown = mappings(made).ok().and_then(|shown| Run::of(&shown));
+        let shown = match mappings(made) {
+            Ok(shown) => Run::of(&shown),
+            Err(MapsError::Unreadable(error)) => {
+                return Err(NoAlias::Impossible(Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))));
+            }
+            Err(_) => None,
+        };
         if shown != Some(run) {
             let why = "another thread mapped something else there while an alias was made; acquire again";
             return Err(NoAlias::Fault(DeviceError::Fault { range, why, errno: libc::EAGAIN }));
@@ -282,6 +288,37 @@ mod tests {
 
     fn byte(range: HostRange) -> *mut u8 {
         ptr::with_exposed_provenance_mut(range.start())
+    }
+
+    #[test]
+    fn an_alias_that_the_address_space_has_no_room_for_is_impossible_and_leaves_nothing() {
+        let (cache, range) = (Arc::new(AliasCache::default()), map(memfd(64), 64));
+        let run = run(range);
+        // In a process of its own, which the limit is for.
+        // SAFETY: the child only makes calls that allocate at worst, which the C library makes legal after a fork, and leaves by _exit.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            let limit = |rlim_cur| {
+                let limit = libc::rlimit { rlim_cur, rlim_max: libc::RLIM_INFINITY };
+                // SAFETY: the call reads `limit`.
+                unsafe { libc::setrlimit(libc::RLIMIT_AS, &raw const limit) };
+            };
+            limit(1); // all that is there stays
+            let refused = cache.make(range, run, 1);
+            limit(libc::RLIM_INFINITY);
+            let code = match () {
+                () if !matches!(refused, Err(NoAlias::Impossible(Errno::ENOMEM))) => 1,
+                () if cache.len() != 0 => 2,
+                () => i32::from(!cache.make(range, run, 1).is_ok_and(|alias| !alias.range().overlaps(range))) * 3,
+            };
+            // SAFETY: ends the child without running anything of the parent's.
+            unsafe { libc::_exit(code) };
+        }
+        let mut status = 0;
+        // SAFETY: `status` is a live integer that the call writes.
+        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+        assert_eq!(status, 0, "exit code 1: not refused as it should be, 2: it is in the cache, 3: refused with room");
+        unmap(range);
     }
 
     #[test]
