@@ -210,7 +210,7 @@ fn a_part_of_a_huge_page_of_a_file_is_watched_with_all_of_its_mapping() {
         let hole = || {
             let flags = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
             // SAFETY: numbers only, and no reference points into the mapping whose contents change.
-            assert_eq!(unsafe { libc::fallocate(fd, flags, 0, 512 * page_size() as i64) }, 0);
+            assert_eq!(unsafe { libc::fallocate(fd, flags, 0, 2 << 20) }, 0);
         };
         rig.manager.mutate(&[region.range()], hole).unwrap();
         assert_eq!(device_sees(&rig, &part), [0; 8]);
