@@ -208,9 +208,9 @@ impl Source {
     /// The text from its beginning.
     fn text() -> io::Result<Self> {
         fault::at(Call::Text)?;
-        let text = match TURN.try_lock() {
-            Ok(turn) => Text::Kept { place: 0, _turn: turn },
-            Err(_) => Text::Own(File::open(PATH)?),
+        let text = match (TURN.try_lock(), MAPS.kept()) {
+            (Ok(turn), Some(file)) => Text::Kept { file, place: 0, _turn: turn },
+            _ => Text::Own(File::open(PATH)?),
         };
         Ok(Self::Text(text::Lines::new(BufReader::new(text))))
     }
@@ -243,9 +243,9 @@ static TURN: Mutex<()> = Mutex::new(());
 
 /// The text of the list. The kernel goes on from the mapping it told last, but only where a read goes on from the last one: for any
 /// other it counts bytes from the beginning, of a text that may have changed since. So one at a time reads from the file that is
-/// kept, and whoever comes meanwhile, also from inside of such a walk, opens one for himself.
+/// kept, and whoever comes meanwhile, also from inside of such a walk or in a forked child, opens one for himself.
 enum Text {
-    Kept { place: u64, _turn: MutexGuard<'static, ()> },
+    Kept { file: &'static File, place: u64, _turn: MutexGuard<'static, ()> },
     Own(File),
 }
 
@@ -253,8 +253,8 @@ impl Read for Text {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         match self {
             Self::Own(file) => file.read(into),
-            Self::Kept { place, .. } => {
-                let read = MAPS.ask(|maps| maps.read_at(into, *place))?;
+            Self::Kept { file, place, .. } => {
+                let read = file.read_at(into, *place)?;
                 *place += read as u64;
                 Ok(read)
             }

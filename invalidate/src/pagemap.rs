@@ -1,10 +1,9 @@
 //! Which pages are there and which were written, as the page tables say: the `PAGEMAP_SCAN` ioctl of `/proc/self/pagemap`
 //! (`linux/fs.h`, Linux 6.7).
 
-use std::fs::File;
 use std::io;
 use std::mem::{offset_of, size_of};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use crate::HostRange;
 use crate::fault::{self, Call};
@@ -100,7 +99,7 @@ pub(crate) fn scan(start: u64, end: u64, want: Wanted, out: &mut [PageRegion]) -
     };
     // SAFETY: `arg` is a live `pm_scan_arg` with its true size; `vec` is null or `out`, borrowed for the call, with its
     // true length. At most write protection of pages changes, which no access by the program can tell.
-    let ask = |map: &File| Ok(unsafe { ioctl::pagemap_scan(map.as_raw_fd(), &raw mut arg) }?);
+    let ask = |map: BorrowedFd<'_>| Ok(unsafe { ioctl::pagemap_scan(map.as_raw_fd(), &raw mut arg) }?);
     fault::at(Call::Scan)?;
     let found = PAGEMAP.ask(ask)?;
     Ok((usize::try_from(found).unwrap_or(0), arg.walk_end))

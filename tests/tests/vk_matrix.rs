@@ -35,7 +35,8 @@ fn a_hole_made_under_running_work_crashes_a_driver_on_the_cpu_and_no_other() {
         .map(|(kind, mutation)| {
             let case = move || {
                 // On a busy machine the work may be over before the hole is there, so it is tried again where it must crash.
-                for _ in 0..if is_filled(kind, mutation) { 1 } else { 5 } {
+                let tries = if is_filled(kind, mutation) { 1 } else { 5 };
+                for _ in 0..tries {
                     if let Err(why) = make_a_hole_under_running_work(kind, mutation) {
                         skip_part!("{kind:?}, {mutation:?}: {why}");
                         std::process::exit(LACKING);

@@ -1,10 +1,9 @@
 //! The `PROCMAP_QUERY` ioctl of `/proc/<pid>/maps` (`linux/fs.h`, Linux 6.11).
 
 use std::ffi::OsStr;
-use std::fs::File;
 use std::io;
 use std::mem::{offset_of, size_of};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 
 use super::{FileId, MAPS, Protection, Raw, backing};
@@ -79,7 +78,7 @@ fn named<const ROOM: usize>(at: usize) -> io::Result<Option<Raw>> {
     Ok(Some(raw(&query, OsStr::from_bytes(name))))
 }
 
-fn ask(maps: &File, query: &mut ProcmapQuery) -> io::Result<()> {
+fn ask(maps: BorrowedFd<'_>, query: &mut ProcmapQuery) -> io::Result<()> {
     fault::at(Call::Query)?;
     // SAFETY: `query` is the structure that PROCMAP_QUERY reads and writes, with its true size in `size`; `vma_name_addr`
     // is null or points at the caller's buffer of `vma_name_size` bytes, which outlives the call.
