@@ -116,10 +116,8 @@ fn more_objects_than_slots_are_told_without_a_loss() {
 fn a_remote_readers_descriptor_is_readable_exactly_while_there_is_something() {
     let (program, server) = serve(vec![], Offer::default());
     let (remote, _) = attach(server.path());
-    // The byte that says that all is told may come after the last record.
-    while pollable(&remote, Duration::ZERO) {
-        assert_eq!(remote.read(&mut [0; 128]), Err(ReadError::Empty));
-    }
+    // The byte that says that all is told may come after the last record, and at any time from now on.
+    let mut late = 0;
     for round in 0..1000 {
         program.list.post(0, &numbered(round));
         program.list.post(0, &numbered(round));
@@ -127,7 +125,8 @@ fn a_remote_readers_descriptor_is_readable_exactly_while_there_is_something() {
         assert_eq!(remote.read(&mut [0; 16]), Ok(16));
         assert!(pollable(&remote, Duration::ZERO), "round {round}: one record is left");
         assert_eq!(remote.read(&mut [0; 16]), Ok(16));
-        assert!(!pollable(&remote, Duration::ZERO), "round {round}: nothing is left");
+        late += u32::from(pollable(&remote, Duration::ZERO));
+        assert!(late <= 1, "round {round}: nothing is left");
         assert_eq!(remote.read(&mut [0; 16]), Err(ReadError::Empty));
     }
 }

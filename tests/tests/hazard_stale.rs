@@ -155,6 +155,11 @@ impl Race<'_> {
             let (pages, history) = (page..page + 1, &self.history[page]);
             history.begun.store(version, Ordering::SeqCst);
             match way {
+                // Bare, its end is announced to nobody, and until the pages are taken a second time a device that pins may see the old ones.
+                0 if self.watched => {
+                    let discard = || self.region.advise(pages.clone(), libc::MADV_DONTNEED).unwrap();
+                    self.manager.mutate(&[self.region.part(pages.clone())], discard).unwrap();
+                }
                 0 => self.region.advise(pages, libc::MADV_DONTNEED).unwrap(),
                 1 if shared && !self.watched => self.region.advise(pages, libc::MADV_REMOVE).unwrap(),
                 2 => {
