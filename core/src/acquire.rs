@@ -91,7 +91,7 @@ struct Learnt<D: Device> {
 impl<D: Device> Object<D> {
     /// What a worker does with a queued object. `token` tells whether it is still *the* work of the object.
     pub(crate) fn work(self: &Arc<Self>, token: u64, cancelled: bool) {
-        let cancelled = cancelled || self.engine.is_closing();
+        let cancelled = cancelled || self.engine.flights.is_closing();
         let Some(noted) = self.begin(token, if cancelled { Step::Refuse } else { Step::Start }) else { return };
         if cancelled {
             self.fail(&mut self.slot(), Error::Cancelled, token);
@@ -400,7 +400,7 @@ impl<D: Device> Object<D> {
     fn look_again(self: &Arc<Self>, noted: Snapshot) {
         let object = Arc::downgrade(self);
         self.engine.spawn_after(SECOND_LOOK, move |cancelled| {
-            let Some(object) = object.upgrade().filter(|object| !cancelled && !object.engine.is_closing()) else {
+            let Some(object) = object.upgrade().filter(|object| !cancelled && !object.engine.flights.is_closing()) else {
                 return;
             };
             let now = object.word.read();

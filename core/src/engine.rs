@@ -5,10 +5,11 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use pinfold_invalidate::sync::{Event, fence_after_rmw};
+use pinfold_invalidate::sync::Event;
 use pinfold_invalidate::{Space, Target};
 use pinfold_workqueue::{Flags, Job, Queue};
 
+use crate::flights::Flights;
 use crate::object::Object;
 use crate::reaper::Graveyard;
 use crate::room::Victims;
@@ -40,7 +41,7 @@ pub(crate) struct Engine<D: Device> {
     pub(crate) returned: AtomicU64,
     /// Objects that are not closed.
     pub(crate) objects: Level,
-    /// Submits under way.
+    /// Submits under way, and whether the manager is closing.
     pub(crate) flights: Flights,
     /// Threads that have taken a stale pin out of its slot, or what is dead out of the graveyard, and not yet let go of it; and restores under way.
     pub(crate) loose: Level,
@@ -51,7 +52,6 @@ pub(crate) struct Engine<D: Device> {
     pub(crate) victims: Victims<D>,
     /// Every so manieth submit is spoilt, if this is not 0.
     pub(crate) inject: AtomicU32,
-    closing: AtomicBool,
     /// Set once, when the device has said so.
     lost: AtomicBool,
 }
@@ -139,45 +139,6 @@ impl Level {
     }
 }
 
-/// Submits under way.
-///
-/// Two counts that only grow, the second of them the word that is slept on: so the end of a submit is one locked instruction, also of the last.
-#[derive(Debug, Default)]
-pub(crate) struct Flights {
-    begun: AtomicU32,
-    over: Event,
-}
-
-impl Flights {
-    pub(crate) fn begin(&self) {
-        self.begun.fetch_add(1, Ordering::Relaxed);
-        fence_after_rmw(); // between our count and our look at `closing`; partner: `Engine::begin_closing`
-    }
-
-    pub(crate) fn end(&self) {
-        // Its Release pairs with the Acquire in `count`: who sees nothing left sees what the last one did.
-        self.over.bump();
-    }
-
-    pub(crate) fn count(&self) -> u32 {
-        let over = self.over.value(); // first: what is over had begun
-        self.begun.load(Ordering::Relaxed).wrapping_sub(over)
-    }
-
-    /// False if something is left at the deadline.
-    fn wait_none(&self, deadline: Instant) -> bool {
-        loop {
-            let over = self.over.value();
-            if self.begun.load(Ordering::Relaxed) == over {
-                return true;
-            }
-            if !self.over.wait(over, Some(deadline)) {
-                return self.count() == 0;
-            }
-        }
-    }
-}
-
 /// One thing more on a [`Level`], until dropped.
 pub(crate) struct On<D: Device>(Arc<Engine<D>>, fn(&Engine<D>) -> &Level);
 
@@ -226,7 +187,6 @@ impl<D: Device> Engine<D> {
             short: Level::default(),
             graveyard: Graveyard::default(),
             victims: Victims::default(),
-            closing: AtomicBool::new(false),
             lost: AtomicBool::new(false),
         })
     }
@@ -245,7 +205,7 @@ impl<D: Device> Engine<D> {
         if self.space.is_forked() {
             return Err(Error::Forked);
         }
-        if self.is_closing() {
+        if self.flights.is_closing() {
             return Err(Error::Closed);
         }
         if self.is_lost() { Err(DeviceError::Lost.into()) } else { Ok(()) }
@@ -263,10 +223,6 @@ impl<D: Device> Engine<D> {
         fence(Ordering::SeqCst); // between our store to `lost` and our look at the words; partner: whoever has published
         let engine = Arc::clone(self);
         self.spawn_unordered(move |_| engine.each_object(|object, _| object.give_up()));
-    }
-
-    pub(crate) fn is_closing(&self) -> bool {
-        self.closing.load(Ordering::Acquire)
     }
 
     /// The longest anybody waits for a closed gate: two hold-offs.
@@ -329,11 +285,6 @@ impl<D: Device> Engine<D> {
         self.loose.wait_none(Instant::now() + self.config.close_limit);
         self.reap(usize::MAX);
         self.device().shut_down();
-    }
-
-    pub(crate) fn begin_closing(&self) {
-        self.closing.store(true, Ordering::Release);
-        fence(Ordering::SeqCst); // between our store to `closing` and our look at the flights; partner: `Flights::begin`
     }
 }
 

@@ -19,6 +19,7 @@ mod engine;
 mod error;
 #[cfg(not(loom))]
 mod file;
+mod flights;
 mod host_buffer;
 mod lease;
 mod limits;

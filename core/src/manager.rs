@@ -437,7 +437,7 @@ impl<D: Device> Drop for Owner<D> {
         if self.engine.space.is_forked() {
             return;
         }
-        self.engine.begin_closing();
+        self.engine.flights.close();
         self.engine.wait_flights(self.engine.config.close_limit);
         for handle in self.handles() {
             handle.object.close();

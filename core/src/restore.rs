@@ -72,7 +72,7 @@ impl<D: Device> Object<D> {
         };
         let object = Arc::downgrade(self);
         self.engine.spawn_after(pause, move |cancelled| {
-            if let Some(object) = object.upgrade().filter(|object| !cancelled && !object.engine.is_closing()) {
+            if let Some(object) = object.upgrade().filter(|object| !cancelled && !object.engine.flights.is_closing()) {
                 object.restore();
             }
         });
