@@ -400,7 +400,8 @@ impl<D: Device> Object<D> {
     fn look_again(self: &Arc<Self>, noted: Snapshot) {
         let object = Arc::downgrade(self);
         self.engine.spawn_after(SECOND_LOOK, move |cancelled| {
-            let Some(object) = object.upgrade().filter(|object| !cancelled && !object.engine.flights.is_closing()) else {
+            let Some(object) = object.upgrade().filter(|object| !cancelled && !object.engine.flights.is_closing())
+            else {
                 return;
             };
             let now = object.word.read();

@@ -486,7 +486,7 @@ impl<D: Device> Retire for Flight<D> {
             let object = &held.handle.object;
             if late {
                 // The monitor may be about to say so, and must not find the object idle instead.
-                object.ended_late.store(held.noted.generation.0 + 1, Ordering::Relaxed);
+                object.holds.end_late(held.noted.generation);
             }
             // Mostly nobody has acquired anything since, and a look is cheaper.
             if object.last_used.load(Ordering::Relaxed) < now {

@@ -20,6 +20,7 @@ mod error;
 #[cfg(not(loom))]
 mod file;
 mod flights;
+mod holds;
 mod host_buffer;
 mod lease;
 mod limits;

@@ -82,7 +82,7 @@ impl<D: Device> Engine<D> {
     /// Posts that an object's memory has changed hands, which ended the generation `ended`. For the monitor.
     pub(crate) fn note_change(&self, object: &Object<D>, change: &Change, ended: Generation) {
         // The shard was given up on; was this object's work part of it? It may have ended since the mutator was let go.
-        let late = change.late && (object.in_flight() > 0 || object.ended_late.load(Ordering::Relaxed) == ended.0 + 1);
+        let late = change.late && object.holds.was_late(ended);
         if late {
             self.counters.late.fetch_add(1, Ordering::Relaxed);
         }

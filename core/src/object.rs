@@ -11,6 +11,7 @@ use pinfold_invalidate::{Cause, Change, Coverage, HostRange, Shards, Target};
 use crate::discard::Discarded;
 use crate::dmabuf::Reserved;
 use crate::engine::Engine;
+use crate::holds::{Hold, Holds};
 use crate::notes::What;
 use crate::reaper::Dead;
 use crate::restore::Hot;
@@ -40,16 +41,12 @@ pub(crate) struct Object<D: Device> {
     pub(crate) imports: AtomicU64,
     pub(crate) leases: AtomicU64,
     pub(crate) word: Word,
-    /// Handles (the engine's, those of leases, and those of work under way; at 0 the object is closed), and in the upper half the submits under way,
-    /// for reports only, as the protocol counts by shard. One word, as one of each goes when a submit is over: no submit is without a handle. Written by
-    /// handles.
-    holds: AtomicU64,
+    /// Handles and work under way. Without a handle the object is closed.
+    pub(crate) holds: Holds,
     /// The number of the last acquire that asked for it. Written by those who acquire, read by who makes room.
     pub(crate) last_used: AtomicU64,
     /// The engine wants it kept ready; what that takes is in the slot. Written under the object lock.
     pub(crate) hot: AtomicBool,
-    /// One more than the generation of the last work that ended after a hold-off had given up on it. Written by retirement.
-    pub(crate) ended_late: AtomicU64,
     /// Pages that were discarded since the last acquisition.
     pub(crate) discarded: Discarded,
     /// Changes when an acquisition has ended, however it did.
@@ -98,13 +95,8 @@ pub(crate) struct Taken<D: Device> {
 /// What keeps an object open: engine handles, leases, and work under way.
 pub(crate) struct Handle<D: Device> {
     pub(crate) object: Arc<Object<D>>,
-    /// What it is in [`Object::holds`].
-    holds: u64,
+    hold: Hold,
 }
-
-/// A handle in [`Object::holds`], and a submit there.
-const HANDLE: u64 = 1;
-const SUBMIT: u64 = 1 << 32;
 
 impl<D: Device> Object<D> {
     pub(crate) fn new(range: HostRange, access: Access, label: Box<str>, engine: Arc<Engine<D>>) -> Self {
@@ -122,10 +114,9 @@ impl<D: Device> Object<D> {
             imports: AtomicU64::new(0),
             leases: AtomicU64::new(0),
             word: Word::default(),
-            holds: AtomicU64::new(0),
+            holds: Holds::default(),
             last_used: AtomicU64::new(0),
             hot: AtomicBool::new(false),
-            ended_late: AtomicU64::new(0),
             discarded: Discarded::new(),
             ended: Event::new(),
             slot: Mutex::new(slot),
@@ -139,11 +130,6 @@ impl<D: Device> Object<D> {
 
     pub(crate) fn slot(&self) -> MutexGuard<'_, Slot<D>> {
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Submits under way. Acquire: pairs with the Release with which one ends; who finds none sees what it left, such as [`Self::ended_late`].
-    pub(crate) fn in_flight(&self) -> u32 {
-        (self.holds.load(Ordering::Acquire) / SUBMIT) as u32
     }
 
     pub(crate) fn policy(&self) -> Policy {
@@ -302,45 +288,42 @@ impl<D: Device> Drop for Pin<D> {
 impl<D: Device> Handle<D> {
     /// One more handle; `None` if the last is gone, or the object closed by the manager.
     pub(crate) fn of(object: Arc<Object<D>>) -> Option<Self> {
-        let more = |holds: u64| (holds > 0).then_some(holds + HANDLE);
-        object.holds.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
-        Some(Self { object, holds: HANDLE })
+        object.holds.try_add().then(|| Self { object, hold: Hold::Handle })
     }
 
     /// The first handle of a new object.
     pub(crate) fn first(object: Arc<Object<D>>) -> Self {
-        object.holds.store(HANDLE, Ordering::Relaxed);
-        Self { object, holds: HANDLE }
+        object.holds.open();
+        Self { object, hold: Hold::Handle }
     }
 
     /// Counts a submit as well, until it is [refused](Self::refuse_submit), or is over and this is dropped.
     pub(crate) fn begin_submit(&mut self) {
-        self.object.holds.fetch_add(SUBMIT, Ordering::Relaxed);
-        self.holds = HANDLE + SUBMIT;
+        self.object.holds.begin_submit();
+        self.hold = Hold::Submit;
     }
 
     /// Takes [`begin_submit`](Self::begin_submit) back.
     pub(crate) fn refuse_submit(&mut self) {
-        self.object.holds.fetch_sub(SUBMIT, Ordering::Release); // as in drop
-        self.holds = HANDLE;
+        self.object.holds.refuse_submit();
+        self.hold = Hold::Handle;
     }
 }
 
 impl<D: Device> Clone for Handle<D> {
     fn clone(&self) -> Self {
-        self.object.holds.fetch_add(HANDLE, Ordering::Relaxed); // as in `Arc`: who has one may make another
-        Self { object: Arc::clone(&self.object), holds: HANDLE }
+        self.object.holds.add();
+        Self { object: Arc::clone(&self.object), hold: Hold::Handle }
     }
 }
 
 impl<D: Device> Drop for Handle<D> {
     fn drop(&mut self) {
-        // AcqRel: the last one sees what the others did. The Release also pairs with the Acquire in `Object::in_flight`.
-        let left = self.object.holds.fetch_sub(self.holds, Ordering::AcqRel) - self.holds;
-        if self.holds > HANDLE && left < SUBMIT {
+        let left = self.object.holds.let_go(self.hold);
+        if left.retired {
             self.object.engine.note(&self.object, What::Retired);
         }
-        if left == 0 && !self.object.engine.space.is_forked() {
+        if left.nothing && !self.object.engine.space.is_forked() {
             self.object.close();
         }
     }

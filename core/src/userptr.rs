@@ -114,7 +114,7 @@ impl<D: Device> Userptr<D> {
     /// Submits under way that use the object.
     #[must_use]
     pub fn in_flight(&self) -> u32 {
-        self.handle.object.in_flight()
+        self.handle.object.holds.submits()
     }
 
     /// Wants it kept ready: from now on it is acquired in the background, now and whenever it has been invalidated or evicted, so that the next
