@@ -3,11 +3,14 @@
 #[macro_use]
 mod userptr;
 
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::thread;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use pinfold_core::watch::{Note, NoteCause, UserptrEvent, WatchConfig};
 use pinfold_core::{Access, Device, Error, Lease, Manager, Outcome, State, Userptr, page_size};
+use pinfold_invalidate::{Cause, Change, Shards, Space, Target};
 use pinfold_tests::PATIENCE;
 use pinfold_tests::dma::DmaDevice;
 use pinfold_tests::fake::{Answer, Call, FakeDevice};
@@ -164,6 +167,48 @@ fn pages_of_an_old_generation_are_room_before_anybody_is_evicted() {
         region.map_over(0..2).unwrap();
     }
     assert_eq!(rig.manager.stats().evicted, 0);
+}
+
+/// Keeps the thread that takes stale pages out of their objects waiting, until `go` is dropped.
+struct Halt {
+    came: Sender<()>,
+    go: Mutex<Receiver<()>>,
+}
+
+impl Target for Halt {
+    fn invalidated(&self, _: &Change) {}
+
+    fn settled(self: Arc<Self>) {
+        self.came.send(()).unwrap();
+        _ = self.go.lock().unwrap().recv();
+    }
+
+    fn shards(&self) -> Shards {
+        Shards::NONE
+    }
+}
+
+#[test]
+fn pages_that_nobody_has_taken_out_yet_are_room_and_no_eviction() {
+    let _alone = alone();
+    let (rig, region, objects) = with_budget(1, 3);
+    let notes = rig.manager.watch(WatchConfig::default()).unwrap();
+    drop(lease(&rig.manager, &objects[0]));
+    let ((came, has_come), (go, waits)) = (channel(), channel());
+    let (space, elsewhere) = (Space::get(PATIENCE).unwrap(), region.part(2..3));
+    space.insert(elsewhere, u64::MAX, Arc::new(Halt { came, go: Mutex::new(waits) }));
+    space.invalidate(elsewhere, Cause::Manual).unwrap();
+    has_come.recv_timeout(PATIENCE).unwrap();
+
+    rig.manager.invalidate(objects[0].range()).unwrap();
+    assert_eq!(rig.device.live_imports(), 1, "it would be taken out behind what waits");
+    drop(lease(&rig.manager, &objects[1]));
+    assert_eq!((valid(&objects), rig.device.live_imports()), ("-V-".into(), 1));
+    assert_eq!((rig.manager.stats().evicted, rig.manager.stats().evicted_bytes), (0, 0));
+    let told = |note: &Note| matches!(note, Note::Userptr(note) if note.cause == NoteCause::Evicted);
+    assert_eq!(notes.notes().find(told), None);
+    drop(go);
+    space.remove(elsewhere, u64::MAX);
 }
 
 #[test]
