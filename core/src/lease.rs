@@ -1,25 +1,21 @@
-//! What an engine holds: a lease of objects that were valid together, and work that uses them.
+//! What an engine holds: a lease of objects that were valid together, and the submit of work that uses them.
 
-use std::future::Future;
 use std::ops::{Deref, Range};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::pin::Pin as StdPin;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::task::{Context, Poll, Waker};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
 
-use pinfold_invalidate::sync::Event;
-use pinfold_invalidate::{Cause, Coverage, HostRange, in_bracket, still_watched};
+use pinfold_invalidate::{Cause, HostRange, in_bracket};
 
 use crate::engine::Engine;
 use crate::error::SubmitError;
-use crate::notes::What;
 use crate::object::{Handle, Pin};
+use crate::pending::{Flight, Pending, Underway};
 use crate::protocol::{self, Refusal, Uses};
 use crate::state::Snapshot;
-use crate::ticket::Retire;
-use crate::{Access, Device, DeviceError, Error, Generation, Outcome, Path, Ticket};
+use crate::writes::Writes;
+use crate::{Access, Device, Error, Generation, Path};
 
 /// Objects that were all valid when it was taken. Keeps what it names alive; does not keep it valid: [`submit`](Self::submit) checks that.
 pub struct Lease<D: Device> {
@@ -29,10 +25,10 @@ pub struct Lease<D: Device> {
 }
 
 /// One object of a lease. Field order: the pages are let go of before the object.
-struct Held<D: Device> {
-    pin: Arc<Pin<D>>,
-    noted: Snapshot,
-    handle: Handle<D>,
+pub(crate) struct Held<D: Device> {
+    pub(crate) pin: Arc<Pin<D>>,
+    pub(crate) noted: Snapshot,
+    pub(crate) handle: Handle<D>,
 }
 
 /// What was said of some objects of a lease, each with the object's index.
@@ -270,7 +266,7 @@ impl<D: Device> Lease<D> {
 
     fn submit_nothing<E>(self, submit: impl FnOnce() -> Result<(), E>) -> Result<Pending<D>, SubmitError<D, E>> {
         match submit() {
-            Ok(()) => Ok(Pending { flight: None }),
+            Ok(()) => Ok(Pending::of_nothing()),
             Err(error) => Err(SubmitError::Rejected { error, lease: self }),
         }
     }
@@ -279,286 +275,5 @@ impl<D: Device> Lease<D> {
 impl<D: Device> std::fmt::Debug for Lease<D> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_list().entries(self.held.iter().map(|held| (held.handle.object.range, held.noted.generation))).finish()
-    }
-}
-
-/// What the work of one submit writes to mirrors, to be brought back when it is over.
-struct Writes<D: Device>(Vec<Write<D>>);
-
-struct Write<D: Device> {
-    pin: Arc<Pin<D>>,
-    noted: Snapshot,
-    handle: Handle<D>,
-    written: Vec<Range<usize>>,
-    /// A mapping that takes the place of this one is not watched, and can be told by that.
-    watched: bool,
-}
-
-impl<D: Device> Writes<D> {
-    fn expect(held: &[Held<D>], written: &[(usize, Range<usize>)]) -> Self {
-        let mut written = written.to_vec();
-        written.sort_by_key(|&(index, _)| index);
-        let of_one = written.chunk_by(|(index, _), (next, _)| index == next);
-        let of_one = of_one.map(|parts| (&held[parts[0].0], parts.iter().map(|(_, part)| part.clone()).collect()));
-        let to_mirrors = of_one.filter(|(held, _)| matches!(held.pin.path, Path::Mirror(_)));
-        let writes: Vec<_> = to_mirrors.map(|(held, written)| Write::of(held, written)).collect();
-        for write in &writes {
-            write.handle.object.engine.device().expect_writes(write.pin.import(), &write.written);
-        }
-        Self(writes)
-    }
-
-    fn forget(&self, engine: &Engine<D>) {
-        self.0.iter().for_each(|write| engine.device().forget_writes(write.pin.import(), &write.written));
-    }
-
-    /// While the uses still count, so that a mutator that waits for them can't go on before the results are where they belong.
-    fn bring_back(&self, engine: &Engine<D>) -> Result<(), DeviceError> {
-        let mut all = Ok(());
-        for write in &self.0 {
-            all = all.and(write.bring_back(engine)); // every one, and the first error
-        }
-        all
-    }
-}
-
-impl<D: Device> Write<D> {
-    fn of(held: &Held<D>, written: Vec<Range<usize>>) -> Self {
-        let (pin, handle) = (Arc::clone(&held.pin), held.handle.clone());
-        let watched = handle.object.slot().coverage == Some(Coverage::Watched);
-        Self { pin, noted: held.noted, handle, written, watched }
-    }
-
-    fn bring_back(&self, engine: &Engine<D>) -> Result<(), DeviceError> {
-        let object = &self.handle.object;
-        let is_current = |part: HostRange| {
-            object.word.read().generation == self.noted.generation
-                && !(self.watched && still_watched(part) == Some(false))
-        };
-        engine.device().write_back(self.pin.import(), object.range, &self.written, &is_current)
-    }
-}
-
-/// Work under way.
-pub(crate) struct Flight<D: Device> {
-    uses: Uses,
-    /// Signals that have not come yet, and [`FOLLOWING`] while they are not yet counted.
-    left: AtomicU32,
-    lost: AtomicBool,
-    /// A hold-off has given up on it.
-    late: AtomicBool,
-    over: Event,
-    /// Taken by the last signal, and emptied by retirement. Nothing else happens under the lock. `None`: nothing is to be brought back.
-    writes: Option<Mutex<Writes<D>>>,
-    /// Why results are not in the program's memory.
-    fault: OnceLock<DeviceError>,
-    rest: Mutex<Rest<D>>,
-    underway: Underway<D>,
-}
-
-/// More than any submit has signals: none of them is the last until all are followed.
-const FOLLOWING: u32 = 1 << 31;
-
-/// A submit that the manager's end waits for, until it is [over](Self::over), or this is dropped.
-struct Underway<D: Device> {
-    engine: Arc<Engine<D>>,
-    is_over: AtomicBool,
-}
-
-impl<D: Device> Underway<D> {
-    fn begin(engine: Arc<Engine<D>>) -> Self {
-        engine.flights.begin();
-        Self { engine, is_over: AtomicBool::new(false) }
-    }
-
-    fn engine(&self) -> &Arc<Engine<D>> {
-        &self.engine
-    }
-
-    /// Called once. Whoever keeps this keeps the engine, and waits for nothing.
-    fn over(&self) {
-        self.is_over.store(true, Ordering::Relaxed); // read by drop, which has it alone
-        self.engine.flights.end();
-    }
-}
-
-impl<D: Device> Drop for Underway<D> {
-    fn drop(&mut self) {
-        if !*self.is_over.get_mut() {
-            self.over();
-        }
-    }
-}
-
-struct Rest<D: Device> {
-    /// What the commands name. Emptied by retirement.
-    held: Vec<Held<D>>,
-    outcome: Option<Outcome>,
-    wakers: Vec<Waker>,
-}
-
-impl<D: Device> Flight<D> {
-    fn launch(
-        underway: Underway<D>,
-        held: Vec<Held<D>>,
-        uses: Uses,
-        writes: Option<Writes<D>>,
-        signals: impl IntoIterator<Item: Into<D::Signal>>,
-    ) -> Pending<D> {
-        let engine = underway.engine();
-        if engine.notes.is_watched() {
-            held.iter().for_each(|held| engine.note(&held.handle.object, What::Submitted));
-        }
-        engine.counters.submits.fetch_add(1, Ordering::Relaxed);
-        let rest = Rest { held, outcome: None, wakers: Vec::new() };
-        let flight = Arc::new(Self {
-            uses,
-            left: AtomicU32::new(FOLLOWING),
-            lost: AtomicBool::new(false),
-            late: AtomicBool::new(false),
-            over: Event::new(),
-            writes: writes.filter(|writes| !writes.0.is_empty()).map(Mutex::new),
-            fault: OnceLock::new(),
-            rest: Mutex::new(rest),
-            underway,
-        });
-        let mut count = 0;
-        for signal in signals {
-            count += 1;
-            flight.engine().device().follow(signal.into(), Ticket::new(Arc::clone(&flight) as Arc<dyn Retire>));
-        }
-        if flight.signal(FOLLOWING - count) {
-            flight.finish();
-        }
-        Pending { flight: Some(flight) }
-    }
-
-    fn engine(&self) -> &Arc<Engine<D>> {
-        self.underway.engine()
-    }
-
-    fn writes(&self) -> Option<MutexGuard<'_, Writes<D>>> {
-        self.writes.as_ref().map(|writes| writes.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    fn outcome(&self) -> Option<Outcome> {
-        self.rest.lock().unwrap_or_else(PoisonError::into_inner).outcome
-    }
-
-    /// So many signals have come; true if the last was among them. Ends the uses then.
-    fn signal(&self, count: u32) -> bool {
-        // AcqRel: the last signal sees what the others left.
-        if self.left.fetch_sub(count, Ordering::AcqRel) != count {
-            return false;
-        }
-        if !self.lost.load(Ordering::Relaxed)
-            && let Some(writes) = self.writes()
-            && let Err(fault) = writes.bring_back(self.engine())
-        {
-            let _ = self.fault.set(fault); // nobody else sets it
-        }
-        self.late.store(self.uses.end(&*self.engine().space), Ordering::Relaxed);
-        true
-    }
-}
-
-impl<D: Device> Retire for Flight<D> {
-    fn signal_one(&self, outcome: Outcome) -> bool {
-        if outcome == Outcome::Lost {
-            self.lost.store(true, Ordering::Relaxed);
-        }
-        self.signal(1)
-    }
-
-    fn finish(&self) {
-        let outcome = if self.lost.load(Ordering::Relaxed) { Outcome::Lost } else { Outcome::Done };
-        let (held, wakers) = {
-            let mut rest = self.rest.lock().unwrap_or_else(PoisonError::into_inner);
-            rest.outcome = Some(outcome);
-            (std::mem::take(&mut rest.held), std::mem::take(&mut rest.wakers))
-        };
-        let writes = self.writes().map(|mut writes| Writes(std::mem::take(&mut writes.0)));
-        if let Some(writes) = writes {
-            writes.forget(self.engine());
-        }
-        let (late, now) = (self.late.load(Ordering::Relaxed), self.engine().counters.acquires.load(Ordering::Relaxed));
-        for held in held {
-            let object = &held.handle.object;
-            if late {
-                // The monitor may be about to say so, and must not find the object idle instead.
-                object.holds.end_late(held.noted.generation);
-            }
-            // Mostly nobody has acquired anything since, and a look is cheaper.
-            if object.last_used.load(Ordering::Relaxed) < now {
-                object.last_used.fetch_max(now, Ordering::Relaxed);
-            }
-            drop(held); // the handle counts the submit until then
-        }
-        self.underway.over();
-        self.over.bump();
-        wakers.into_iter().for_each(Waker::wake);
-        if outcome == Outcome::Lost && self.engine().device().is_lost() {
-            self.engine().lose();
-        }
-    }
-}
-
-/// Work that has been submitted. Dropping it waits for nothing; the objects are kept until the work is over in any case.
-pub struct Pending<D: Device> {
-    flight: Option<Arc<Flight<D>>>,
-}
-
-impl<D: Device> Pending<D> {
-    /// How the work ended; `None` while it runs.
-    #[must_use]
-    pub fn poll(&self) -> Option<Outcome> {
-        self.flight.as_ref().map_or(Some(Outcome::Done), |flight| flight.outcome())
-    }
-
-    /// Why not all that was [declared](Lease::declare_written) is in the program's memory, although the work is over: the memory changed hands
-    /// meanwhile. `None` while the work runs, and if all is well.
-    #[must_use]
-    pub fn fault(&self) -> Option<&DeviceError> {
-        self.flight.as_ref()?.fault.get()
-    }
-
-    /// Waits until the work is over. `None`: not within `limit`.
-    ///
-    /// What the device wrote is visible to the program if the work ended with a barrier to the host (`VK_ACCESS_HOST_READ_BIT`).
-    #[must_use]
-    pub fn wait(&self, limit: Duration) -> Option<Outcome> {
-        let deadline = Instant::now() + limit;
-        let Some(flight) = &self.flight else { return Some(Outcome::Done) };
-        loop {
-            let seen = flight.over.value();
-            if let Some(outcome) = flight.outcome() {
-                return Some(outcome);
-            }
-            if !flight.over.wait(seen, Some(deadline)) {
-                return flight.outcome();
-            }
-        }
-    }
-}
-
-impl<D: Device> Future for Pending<D> {
-    type Output = Outcome;
-
-    fn poll(self: StdPin<&mut Self>, context: &mut Context<'_>) -> Poll<Outcome> {
-        let Some(flight) = &self.flight else { return Poll::Ready(Outcome::Done) };
-        let mut rest = flight.rest.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(outcome) = rest.outcome {
-            return Poll::Ready(outcome);
-        }
-        if !rest.wakers.iter().any(|waker| waker.will_wake(context.waker())) {
-            rest.wakers.push(context.waker().clone());
-        }
-        Poll::Pending
-    }
-}
-
-impl<D: Device> std::fmt::Debug for Pending<D> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Pending").field("outcome", &Self::poll(self)).finish()
     }
 }

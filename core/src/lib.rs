@@ -30,6 +30,7 @@ mod notes;
 mod object;
 #[cfg(not(loom))]
 mod part;
+mod pending;
 mod populate;
 #[doc(hidden)]
 pub mod protocol;
@@ -46,14 +47,16 @@ mod userptr;
 pub mod watch;
 mod words;
 mod work;
+mod writes;
 
 pub use config::Config;
 pub use device::{Access, Device, DeviceError, MirrorReason, Outcome, Path, Policy, Preparation, Request, Use};
 pub use error::{Error, SubmitError};
 pub use host_buffer::{HostBuffer, HostBufferError, HostBufferKind, HugePages};
-pub use lease::{Lease, Pending, View};
+pub use lease::{Lease, View};
 #[cfg(not(loom))]
 pub use manager::{Manager, Stats};
+pub use pending::Pending;
 pub use pinfold_invalidate::{
     Coverage, HostRange, ManualReason, Mapping, NoHoldReason, RangeError, in_bracket, on_event_path, page_size,
 };
