@@ -136,11 +136,13 @@ fn above(these: &[i32; NEAR], least: i32) -> u64 {
 fn above_sse2(these: &[i32; NEAR], least: i32) -> u32 {
     use std::arch::x86_64::*;
     let least = _mm_set1_epi32(least);
+    let (fours, _) = these.as_chunks::<4>();
     let four = |at: usize| {
-        let four = _mm_set_epi32(these[at + 3], these[at + 2], these[at + 1], these[at]);
+        // SAFETY: as many bytes are there, and they need not be aligned. Put together of single numbers, they are often loaded as such.
+        let four = unsafe { _mm_loadu_si128(fours[at].as_ptr().cast()) };
         _mm_cmpgt_epi32(four, least)
     };
-    let halves = (_mm_packs_epi32(four(0), four(4)), _mm_packs_epi32(four(8), four(12)));
+    let halves = (_mm_packs_epi32(four(0), four(1)), _mm_packs_epi32(four(2), four(3)));
     _mm_movemask_epi8(_mm_packs_epi16(halves.0, halves.1)).cast_unsigned()
 }
 
@@ -242,10 +244,11 @@ impl Node {
         let before = self.before(end).min(WIDTH);
         prefetch(&self.what[before.saturating_sub(1)]);
         let near = before.saturating_sub(NEAR);
-        // What starts at `first - longest` or earlier doesn't reach beyond `first`.
-        let mut bits = match near.checked_sub(1) {
-            Some(at) if self.starts.0[at] > first - self.longest => self.all_reaching(first),
-            _ => self.reaching(near, first) << near,
+        // What starts at `first - longest` or earlier doesn't reach beyond `first`. Whether there is any such item can't be guessed, so that is asked last.
+        let is_far = self.starts.0[near.saturating_sub(1)] > first - self.longest;
+        let mut bits = match is_far && near > 0 {
+            true => self.all_reaching(first),
+            false => self.reaching(near, first) << near,
         };
         bits &= u64::MAX.checked_shr((WIDTH - before) as u32).unwrap_or(0);
         if self.scale.bits != 0 {
