@@ -3,6 +3,7 @@
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test program uses its own part of this")]
 
 pub mod change;
+pub mod executor;
 pub mod igt;
 pub mod matrix;
 pub mod oracle;
@@ -10,6 +11,7 @@ pub mod overlap;
 pub mod part;
 pub mod race;
 pub mod register;
+pub mod scripted;
 pub mod silent;
 pub mod vulkan;
 
