@@ -5,7 +5,7 @@ use std::hint::black_box;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc;
+use std::sync::{Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -167,6 +167,19 @@ impl Carrier for Kanal {
     }
 }
 
+/// Std's channel. The mutex stands for nothing but `Sync`: there is one reader.
+struct Std(mpsc::SyncSender<Note>, Mutex<mpsc::Receiver<Note>>);
+
+impl Carrier for Std {
+    fn put(&self, record: &Record) -> bool {
+        self.0.try_send(note_of(record)).is_ok()
+    }
+
+    fn take(&self, note: &mut Note) -> bool {
+        self.1.lock().expect("no panic").try_recv().map(|got| *note = got).is_ok()
+    }
+}
+
 /// A pipe in packet mode: what the kernel's own notification queue is built on.
 struct Pipe {
     reader: File,
@@ -200,13 +213,14 @@ impl Carrier for Pipe {
 
 /// Everyone who takes part, ours first.
 fn carriers() -> Result<Vec<(&'static str, Box<dyn Carrier>)>> {
-    let (flume, kanal) = (flume::bounded(CAPACITY), kanal::bounded(CAPACITY));
+    let (flume, kanal, std) = (flume::bounded(CAPACITY), kanal::bounded(CAPACITY), mpsc::sync_channel(CAPACITY));
     Ok(vec![
         ("watch queue", Box::new(Ring::new(Wake::OnDemand)?)),
         ("ArrayQueue", Box::new(ArrayQueue::new(CAPACITY))),
         ("ArrayQueue + eventfd", Box::new(ArrayEventFd(ArrayQueue::new(CAPACITY), EventFd::new()?))),
         ("flume", Box::new(Flume(flume.0, flume.1))),
         ("kanal", Box::new(Kanal(kanal.0, kanal.1))),
+        ("std mpsc", Box::new(Std(std.0, std.1.into()))),
         ("packet pipe", Box::new(Pipe::new(libc::O_NONBLOCK)?)),
     ])
 }
@@ -227,6 +241,23 @@ fn one_thread<'a>(name: &str, carrier: &'a dyn Carrier, record: &'a Record) -> C
     })
 }
 
+/// One sample of notes put where there is room. They are taken out again behind the clock.
+fn post<'a>(name: &str, carrier: &'a dyn Carrier, record: &'a Record) -> Contender<'a> {
+    // A pipe of a mebibyte holds 256 packets.
+    const NOTES: usize = 256;
+    const LAPS: usize = 32;
+    let mut note = [0; 128];
+    Contender::new(name, move || {
+        let (mut whole, mut time) = (true, 0.0);
+        for _ in 0..LAPS {
+            time += cpu(NOTES, || whole &= carrier.put(black_box(record)));
+            (0..NOTES).for_each(|_| whole &= carrier.take(black_box(&mut note)));
+        }
+        ensure!(whole, "a note was lost");
+        Ok(time / LAPS as f64)
+    })
+}
+
 pub(crate) fn run(session: &mut Session) -> Result<()> {
     let (all, record) = (carriers()?, record());
     let ours = || one_thread("watch queue", &*all[0].1, &record);
@@ -241,6 +272,11 @@ pub(crate) fn run(session: &mut Session) -> Result<()> {
         }
         session.measure(plan)?;
     }
+    let mut plan = Plan::new("post", "ns", post("watch queue", &*all[0].1, &record)).clock("cpu");
+    for (name, carrier) in &all[1..] {
+        plan = plan.against(post(name, &**carrier, &record), None);
+    }
+    session.measure(plan)?;
     let polled = Ring::polled()?;
     let plan =
         Plan::new("post and read, descriptor polled", "ns", one_thread("watch queue", &polled, &record)).clock("cpu");
@@ -366,7 +402,10 @@ fn woken(rounds: usize, reader: usize, put: &dyn Fn(), sleep_and_take: &(dyn Fn(
 
 fn wake(session: &mut Session, record: &Record) -> Result<()> {
     let (ring, fd, pipe) = (Ring::new(Wake::OnDemand)?, EventFd::new()?, Pipe::new(0)?);
-    let (sender, receiver) = flume::bounded::<Note>(CAPACITY);
+    let (flume, kanal) = (flume::bounded::<Note>(CAPACITY), kanal::bounded::<Note>(CAPACITY));
+    let (std, std_reader) = mpsc::sync_channel::<Note>(CAPACITY);
+    let std_reader = Mutex::new(std_reader);
+    let array = ArrayEventFd(ArrayQueue::new(CAPACITY), EventFd::new()?);
     let rounds = session.mode.pick(16, 40, 60);
     for (reader, where_to) in [(0, "the same processor"), (1, "another processor")] {
         if reader >= allowed().len() {
@@ -382,11 +421,23 @@ fn wake(session: &mut Session, record: &Record) -> Result<()> {
         let bare = Contender::many("bare eventfd, poll and read", || woken(rounds, reader, &|| fd.raise(), &take));
         let take = || _ = pipe.take(&mut [0; 128]);
         let piped = Contender::many("packet pipe", || woken(rounds, reader, &|| _ = pipe.put(record), &take));
-        let take = || _ = receiver.recv();
-        let put = || _ = sender.send(note_of(record));
+        let take = || {
+            array.1.sleep();
+            array.take(&mut [0; 128]);
+        };
+        let array = Contender::many("ArrayQueue + eventfd", || woken(rounds, reader, &|| _ = array.put(record), &take));
+        let take = || _ = flume.1.recv();
+        let put = || _ = flume.0.send(note_of(record));
         let flume = Contender::many("flume", || woken(rounds, reader, &put, &take));
+        let take = || _ = kanal.1.recv();
+        let put = || _ = kanal.0.send(note_of(record));
+        let kanal = Contender::many("kanal", || woken(rounds, reader, &put, &take));
+        let take = || _ = std_reader.lock().expect("no panic").recv();
+        let put = || _ = std.send(note_of(record));
+        let std = Contender::many("std mpsc", || woken(rounds, reader, &put, &take));
         let plan = Plan::new(format!("wake a sleeping reader on {where_to}"), "µs", ours);
-        let plan = plan.against(bare, Goal::ratio(1.1)).against(piped, None).against(flume, None);
+        let plan = plan.against(bare, Goal::ratio(1.1)).against(piped, None).against(array, None);
+        let plan = plan.against(flume, None).against(kanal, None).against(std, None);
         session.measure(plan.placement(format!("writer on processor {}, reader on {where_to}", allowed()[0])))?;
     }
     Ok(())
