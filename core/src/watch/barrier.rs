@@ -8,9 +8,9 @@
 //! refuses (before 4.14, or a seccomp profile), both halves are fences.
 
 #[cfg(not(loom))]
-pub(super) use kernel::{heavy, light, prepare};
+pub(super) use kernel::{heavy, light, passed_free, prepare};
 #[cfg(loom)]
-pub(super) use model::{heavy, light, prepare};
+pub(super) use model::{heavy, light, passed_free, prepare};
 
 #[cfg(not(loom))]
 mod kernel {
@@ -39,11 +39,18 @@ mod kernel {
     /// The half for those who pass often.
     #[inline]
     pub(in super::super) fn light() {
-        if MODE.load(Ordering::Relaxed) == EXPEDITED {
-            compiler_fence(Ordering::SeqCst);
-        } else {
+        if !passed_free() {
             fence(Ordering::SeqCst);
         }
+    }
+
+    /// Passes the light half if that costs nothing. Otherwise answers false, and the caller goes where there is room for a [`fence`].
+    #[inline]
+    pub(in super::super) fn passed_free() -> bool {
+        compiler_fence(Ordering::SeqCst);
+        let free = MODE.load(Ordering::Relaxed) == EXPEDITED;
+        compiler_fence(Ordering::SeqCst);
+        free
     }
 
     /// The half for those who pass seldom. A system call, or a fence.
@@ -73,6 +80,11 @@ mod model {
 
     pub(in super::super) fn light() {
         fence(Ordering::SeqCst);
+    }
+
+    pub(in super::super) fn passed_free() -> bool {
+        fence(Ordering::SeqCst);
+        true
     }
 
     pub(in super::super) fn heavy() {

@@ -15,54 +15,67 @@
 
 use super::barrier;
 use super::signal::Signal;
-use super::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
+use super::sync::atomic::{AtomicU32, Ordering, fence};
 use super::sync::pause;
 
 const IDLE: u32 = 0;
 const ARMED: u32 = 1;
 const RINGING: u32 = 2;
-const RUNG: u32 = 3;
+const RUNG: u32 = 4;
+/// Beside the state: every read that empties the queue arms the bell again, so that the descriptor's readiness is the queue's. Only ever set.
+const LEVEL: u32 = 8;
 
 #[derive(Debug)]
 pub(super) struct Bell {
-    /// Posts move it from `ARMED` to `RUNG`, the reader (under the reader's lock) back.
+    /// Posts move it from `ARMED` to `RUNG`; the reader, under the reader's lock, moves it back and sets `LEVEL`.
     state: AtomicU32,
-    /// Whether every read that empties the queue arms the bell again, so that the descriptor's readiness is the queue's. Only ever set.
-    level: AtomicBool,
     signal: Signal,
 }
 
 impl Bell {
     pub(super) fn new(signal: Signal) -> Self {
         barrier::prepare();
-        Self { state: AtomicU32::new(IDLE), level: AtomicBool::new(false), signal }
+        Self { state: AtomicU32::new(IDLE), signal }
     }
 
     pub(super) fn signal(&self) -> &Signal {
         &self.signal
     }
 
+    /// Whether there is more to do for the reader than to have published something, as the caller just has: then it [rings](Self::ring_if_armed).
+    #[inline]
+    pub(super) fn may_be_armed(&self) -> bool {
+        // Relaxed: the barrier is the post's half of the pair in the module's head.
+        !barrier::passed_free() || self.state.load(Ordering::Relaxed) & (ARMED | LEVEL) != 0
+    }
+
     /// Rings if the bell is armed. The caller has just published something.
     #[inline]
     pub(super) fn ring_if_armed(&self) {
-        barrier::light();
-        // Who doesn't see the bit has published before `keep_level`'s barrier, and with it before every arming after that.
-        if self.is_level() {
-            fence(Ordering::SeqCst);
-        }
-        // Relaxed: the barrier is the post's half of the pair in the module's head.
-        if self.state.load(Ordering::Relaxed) == ARMED {
-            self.ring();
+        if self.may_be_armed() {
+            self.ring_if_still_armed();
         }
     }
 
-    #[cold]
-    fn ring(&self) {
-        // Acquire: whoever drains after us drains before our write. Only one of many posts gets through.
-        if self.state.compare_exchange(ARMED, RINGING, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
-            self.signal.raise();
-            // Release: the write above is before it for the reader that meets `RUNG` and drains.
-            self.state.store(RUNG, Ordering::Release);
+    /// The same for a bell that [may be armed](Self::may_be_armed).
+    #[inline(never)]
+    fn ring_if_still_armed(&self) {
+        // Who doesn't come here, as he hasn't seen `LEVEL`, has published before `keep_level`'s barrier, and with it before every arming after that.
+        fence(Ordering::SeqCst);
+        // Relaxed: as above.
+        let mut word = self.state.load(Ordering::Relaxed);
+        while word & !LEVEL == ARMED {
+            // Acquire: whoever drains after us drains before our write. Only one of many posts gets through.
+            let ringing = word - ARMED + RINGING;
+            match self.state.compare_exchange_weak(word, ringing, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) => {
+                    self.signal.raise();
+                    // Release: the write above is before it for the reader that meets `RUNG` and drains.
+                    self.state.fetch_add(RUNG - RINGING, Ordering::Release);
+                    return;
+                }
+                Err(now) => word = now,
+            }
         }
     }
 
@@ -70,10 +83,10 @@ impl Bell {
     ///
     /// The caller holds the reader's lock.
     pub(super) fn arm(&self, readable: impl Fn() -> bool) -> bool {
-        let mut round = 0;
+        let (mut round, level) = (0, self.state.load(Ordering::Relaxed) & LEVEL);
         loop {
-            // Acquire: pairs with the Release in `ring`.
-            match self.state.load(Ordering::Acquire) {
+            // Acquire: pairs with the Release of who has rung.
+            match self.state.load(Ordering::Acquire) & !LEVEL {
                 ARMED => return readable(),
                 RINGING => {
                     pause(round);
@@ -86,8 +99,8 @@ impl Bell {
             break;
         }
         // Relaxed: the barrier is the reader's half of the pair in the module's head.
-        self.state.store(ARMED, Ordering::Relaxed);
-        if self.is_level() {
+        self.state.store(ARMED | level, Ordering::Relaxed);
+        if level != 0 {
             fence(Ordering::SeqCst);
         } else {
             barrier::heavy();
@@ -95,7 +108,7 @@ impl Bell {
         if !readable() {
             return false;
         }
-        self.ring();
+        self.ring_if_still_armed();
         true
     }
 
@@ -103,12 +116,12 @@ impl Bell {
     #[cfg(not(loom))]
     pub(super) fn keep_level(&self) {
         // Relaxed: the barrier orders it for posts; everybody else reads it under the reader's lock, but for a first look that may lag.
-        self.level.store(true, Ordering::Relaxed);
+        self.state.fetch_or(LEVEL, Ordering::Relaxed);
         barrier::heavy();
     }
 
     #[inline]
     pub(super) fn is_level(&self) -> bool {
-        self.level.load(Ordering::Relaxed)
+        self.state.load(Ordering::Relaxed) & LEVEL != 0
     }
 }

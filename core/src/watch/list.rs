@@ -8,9 +8,9 @@ use std::sync::{Arc, Weak};
 
 use thiserror::Error;
 
-use super::queue::{Attachment, QueueInner, WatchQueue};
+use super::queue::{Attachment, Offered, QueueInner, WatchQueue};
 use super::record::Record;
-use super::snapshot::{Garbage, Snapshot};
+use super::snapshot::{Garbage, Look, Snapshot};
 use super::sync::{Mutex, lock};
 
 /// Which posts a watch hears of.
@@ -196,21 +196,28 @@ impl Watch {
 }
 
 /// What posts walk: a copy of a list's watches.
-struct Posted {
-    /// Those that hear of every object.
-    of_all: Box<[Watch]>,
-    /// The others, sorted by scope.
-    of_one: Box<[Watch]>,
+enum Posted {
+    /// One, which hears of every object.
+    One(Watch),
+    Several {
+        /// Those that hear of every object.
+        of_all: Box<[Watch]>,
+        /// The others, sorted by scope.
+        of_one: Box<[Watch]>,
+    },
 }
 
 impl Posted {
-    /// A post to more than a watch of everything. Apart, to leave a post to just that without a loop to prepare for.
-    #[inline(never)]
-    fn offer_to_each(&self, object: u64, record: &Record) {
-        self.of_all.iter().for_each(|watch| watch.offer(object, record));
-        let first = self.of_one.partition_point(|watch| watch.scope < Scope::Object(object));
-        let these = self.of_one[first..].iter().take_while(|watch| watch.scope == Scope::Object(object));
-        these.for_each(|watch| watch.offer(object, record));
+    fn offer(&self, object: u64, record: &Record) {
+        match self {
+            Self::One(watch) => watch.offer(object, record),
+            Self::Several { of_all, of_one } => {
+                of_all.iter().for_each(|watch| watch.offer(object, record));
+                let first = of_one.partition_point(|watch| watch.scope < Scope::Object(object));
+                let these = of_one[first..].iter().take_while(|watch| watch.scope == Scope::Object(object));
+                these.for_each(|watch| watch.offer(object, record));
+            }
+        }
     }
 }
 
@@ -223,11 +230,27 @@ pub(super) struct ListInner {
 }
 
 impl ListInner {
+    /// What a post nearly always finds is done here. Whatever else there is goes on in a function of its own, which takes over the look: so this one calls
+    /// nothing, and has nothing to keep over a call.
     fn post(&self, object: u64, record: &Record) {
-        self.posted_to.read(move |posted| match (&*posted.of_all, &*posted.of_one) {
-            ([watch], []) => watch.queue.offer(object, record, watch.tag),
-            _ => posted.offer_to_each(object, record),
-        });
+        let Some(look) = self.posted_to.look() else { return self.post_anyhow(object, record) };
+        match look.value() {
+            Some(Posted::One(watch)) if !watch.queue.is_choosy() => {
+                match watch.queue.offer_plainly(record, watch.tag) {
+                    Offered::Whole => {}
+                    Offered::Uncalled => call_one(look),
+                    Offered::Not => store_one(look, record),
+                }
+            }
+            Some(_) => offer_on(look, object, record),
+            None => {}
+        }
+    }
+
+    /// The same for a thread that has no seat, or looks at something already.
+    #[inline(never)]
+    fn post_anyhow(&self, object: u64, record: &Record) {
+        self.posted_to.read(|posted| posted.offer(object, record));
     }
 
     fn add(&self, this: &Weak<Self>, queue: &Arc<QueueInner>, scope: Scope, tag: u8) -> Result<(), WatchError> {
@@ -291,8 +314,35 @@ impl ListInner {
     fn publish(&self, watches: &[Watch]) -> Garbage<Posted> {
         self.posted_to.replace((!watches.is_empty()).then(|| {
             let (of_all, of_one) = watches.split_at(watches.partition_point(|watch| watch.scope == Scope::All));
-            Box::new(Posted { of_all: of_all.into(), of_one: of_one.into() })
+            Box::new(match (of_all, of_one) {
+                ([watch], []) => Posted::One(watch.clone()),
+                _ => Posted::Several { of_all: of_all.into(), of_one: of_one.into() },
+            })
         }))
+    }
+}
+
+/// Goes on with a post that has offered the record to nobody.
+#[inline(never)]
+fn offer_on(look: Look<'_, Posted>, object: u64, record: &Record) {
+    if let Some(posted) = look.value() {
+        posted.offer(object, record);
+    }
+}
+
+/// Goes on with a post that hasn't stored its record in the only queue, which wants it.
+#[inline(never)]
+fn store_one(look: Look<'_, Posted>, record: &Record) {
+    if let Some(Posted::One(watch)) = look.value() {
+        watch.queue.store(record, watch.tag);
+    }
+}
+
+/// Goes on with a post that has stored its record in the only queue.
+#[inline(never)]
+fn call_one(look: Look<'_, Posted>) {
+    if let Some(Posted::One(watch)) = look.value() {
+        watch.queue.call();
     }
 }
 

@@ -27,11 +27,22 @@ fn ring(limit: usize) -> Arc<Ring> {
     Arc::new(ring)
 }
 
+fn bounded(preemptions: usize) -> loom::model::Builder {
+    let mut bounded = loom::model::Builder::new();
+    bounded.preemption_bound = Some(preemptions);
+    bounded
+}
+
+/// Posts as a queue does.
+fn post(ring: &Ring, number: u64) -> Push {
+    ring.push_plainly(&numbered(number), 0).unwrap_or_else(|| ring.push_or_mark_lost(&numbered(number), 0))
+}
+
 /// Takes what is there, as a read does: a number, or `None` for a loss.
 fn take(ring: &Ring) -> Option<Option<u64>> {
     // SAFETY: one thread of each model reads.
     let (reader, mut out) = (unsafe { ring.reader() }, [0; 16]);
-    let copied = reader.take(&mut out, || false).or_else(|| {
+    let copied = reader.take(&mut out, |_| false).or_else(|| {
         let next = reader.next();
         if next.lost {
             reader.report_loss(next.position);
@@ -55,9 +66,9 @@ fn two_posts_take_two_places_or_one_leaves_a_mark() {
             let ring = ring(limit);
             let other = {
                 let ring = Arc::clone(&ring);
-                thread::spawn(move || ring.push_or_mark_lost(&numbered(1), 0))
+                thread::spawn(move || post(&ring, 1))
             };
-            let mine = ring.push_or_mark_lost(&numbered(2), 0);
+            let mine = post(&ring, 2);
             let theirs = other.join().expect("the other post");
             let mut got = std::iter::from_fn(|| take(&ring)).collect::<Vec<_>>();
             if limit == 1 {
@@ -77,9 +88,7 @@ fn a_reader_beside_a_writer_gets_each_record_once_in_order_or_a_mark() {
         let ring = ring(1);
         let writer = {
             let ring = Arc::clone(&ring);
-            thread::spawn(move || {
-                (0..3).filter(|&number| ring.push_or_mark_lost(&numbered(number), 0) != Push::Stored).count()
-            })
+            thread::spawn(move || (0..3).filter(|&number| post(&ring, number) != Push::Stored).count())
         };
         let mut got = Vec::new();
         for _ in 0..2 {
@@ -105,23 +114,49 @@ fn a_reader_beside_a_writer_gets_each_record_once_in_order_or_a_mark() {
     });
 }
 
+/// With every step of a post, or with the short way first.
+fn two_writers_and_a_reader_of_one_slot(post: fn(&Ring, u64) -> Push) {
+    let ring = ring(1);
+    assert_eq!(post(&ring, 0), Push::Stored);
+    let writers = [1, 2].map(|number| {
+        let ring = Arc::clone(&ring);
+        thread::spawn(move || post(&ring, number) == Push::Stored)
+    });
+    let mut got = Vec::new();
+    got.extend(take(&ring));
+    got.extend(take(&ring));
+    let stored = writers.map(|writer| writer.join().expect("a writer")).into_iter().filter(|&stored| stored).count();
+    got.extend(std::iter::from_fn(|| take(&ring)));
+    assert_eq!(got.iter().flatten().count(), stored + 1);
+    assert_eq!(got.contains(&None), stored < 2, "{got:?}");
+}
+
 #[test]
 fn two_writers_and_a_reader_of_one_slot_lose_nothing_without_a_mark() {
+    loom::model(|| two_writers_and_a_reader_of_one_slot(|ring, number| ring.push_or_mark_lost(&numbered(number), 0)));
+}
+
+#[test]
+fn nor_do_they_by_the_short_way() {
+    // Every order would take minutes.
+    bounded(4).check(|| two_writers_and_a_reader_of_one_slot(post));
+}
+
+#[test]
+fn a_loss_comes_before_whichever_of_two_posts_is_next() {
     loom::model(|| {
         let ring = ring(1);
-        assert_eq!(ring.push_or_mark_lost(&numbered(0), 0), Push::Stored);
-        let writers = [1, 2].map(|number| {
+        assert_eq!(post(&ring, 0), Push::Stored);
+        assert!(matches!(post(&ring, 1), Push::Full(_)));
+        assert_eq!(take(&ring), Some(Some(0)));
+        let other = {
             let ring = Arc::clone(&ring);
-            thread::spawn(move || ring.push_or_mark_lost(&numbered(number), 0) == Push::Stored)
-        });
-        let mut got = Vec::new();
-        got.extend(take(&ring));
-        got.extend(take(&ring));
-        let stored =
-            writers.map(|writer| writer.join().expect("a writer")).into_iter().filter(|&stored| stored).count();
-        got.extend(std::iter::from_fn(|| take(&ring)));
-        assert_eq!(got.iter().flatten().count(), stored + 1);
-        assert_eq!(got.contains(&None), stored < 2, "{got:?}");
+            thread::spawn(move || post(&ring, 2))
+        };
+        let mine = post(&ring, 3);
+        let stored = if mine == Push::Stored { 3 } else { 2 };
+        assert!(mine == Push::Stored || other.join().expect("the other post") == Push::Stored);
+        assert_eq!([take(&ring), take(&ring)], [Some(None), Some(Some(stored))]);
     });
 }
 
@@ -131,7 +166,7 @@ fn a_post_after_the_end_was_seen_stores_nothing() {
         let ring = ring(2);
         let writer = {
             let ring = Arc::clone(&ring);
-            thread::spawn(move || ring.push_or_mark_lost(&numbered(1), 0))
+            thread::spawn(move || post(&ring, 1))
         };
         ring.close();
         let ended = ring.next().end;
@@ -149,7 +184,7 @@ fn rung(posts: u64) {
     let posts = (0..posts).map(|number| {
         let (ring, bell) = (Arc::clone(&ring), Arc::clone(&bell));
         thread::spawn(move || {
-            ring.push_or_mark_lost(&numbered(number), 0);
+            post(&ring, number);
             bell.ring_if_armed();
         })
     });
@@ -175,9 +210,7 @@ fn a_reader_that_has_armed_and_found_nothing_is_rung_for() {
 #[test]
 fn of_two_posts_one_rings() {
     // Every order of three threads is too many; two preemptions find all that a removed barrier or a reordered step breaks.
-    let mut bounded = loom::model::Builder::new();
-    bounded.preemption_bound = Some(2);
-    bounded.check(|| rung(2));
+    bounded(2).check(|| rung(2));
 }
 
 /// Dropping it is a write, so that loom reports a reader that isn't over yet.
@@ -222,10 +255,30 @@ fn a_replaced_value_is_freed_after_its_last_reader() {
 }
 
 #[test]
+fn nor_before_the_end_of_a_look_of_its_own() {
+    loom::model(|| {
+        let value = |number| Some(Box::new(Tracked(UnsafeCell::new(number))));
+        let snapshot = Arc::new(Snapshot::empty());
+        drop(snapshot.replace(value(1)));
+        let reader = {
+            let snapshot = Arc::clone(&snapshot);
+            thread::spawn(move || {
+                seated();
+                let look = snapshot.look().expect("a thread with a seat that looks at nothing");
+                // SAFETY: loom checks that no write is under way or unordered.
+                look.value().map(|value: &Tracked| value.0.with(|value| unsafe { *value }))
+            })
+        };
+        drop(snapshot.replace(value(2)));
+        drop(snapshot.replace(None));
+        let seen = reader.join().expect("the reader");
+        assert!(matches!(seen, None | Some(1 | 2)), "{seen:?}");
+    });
+}
+
+#[test]
 fn readers_without_a_seat_are_waited_for_too() {
-    let mut bounded = loom::model::Builder::new();
-    bounded.preemption_bound = Some(2);
-    bounded.check(|| {
+    bounded(2).check(|| {
         // Somebody sits on one of the two seats already.
         let other = Snapshot::empty();
         drop(other.replace(Some(Box::new(0))));
@@ -282,6 +335,36 @@ fn a_post_beside_a_filter_change_sees_one_of_the_two() {
     });
 }
 
+/// Sees to it that this thread has a seat: the short way of a post is for those that have.
+fn seated() {
+    Snapshot::<()>::empty().read(|()| ());
+}
+
+#[test]
+fn a_post_of_a_seated_thread_beside_a_first_filter_is_stored_or_filtered_and_beside_a_sleeper_heard() {
+    loom::model(|| {
+        let (list, queue) = watched(&Arc::new(AtomicUsize::new(0)));
+        let poster = {
+            let list = Arc::clone(&list);
+            thread::spawn(move || {
+                seated();
+                list.post(0, &numbered(1));
+            })
+        };
+        queue.set_filter(Some(&[FilterEntry::all_of(1)])).expect("a sound filter");
+        let there = queue.arm();
+        poster.join().expect("the post");
+        let counters = queue.counters();
+        assert_eq!(counters.posted + counters.filtered, 1);
+        assert!(!there || counters.posted == 1);
+        assert_eq!(queue.inner.signal_is_raised(), counters.posted == 1);
+        // A post after the call sees the filter.
+        list.post(0, &numbered(2));
+        assert_eq!(queue.counters().filtered, counters.filtered + 1);
+        assert_eq!(queue.records().count() as u64, counters.posted);
+    });
+}
+
 #[test]
 fn a_post_beside_a_clear_is_whole_or_nothing_and_the_watch_is_released_once() {
     loom::model(|| {
@@ -289,7 +372,10 @@ fn a_post_beside_a_clear_is_whole_or_nothing_and_the_watch_is_released_once() {
         let (list, queue) = watched(&released);
         let poster = {
             let list = Arc::clone(&list);
-            thread::spawn(move || list.post(0, &numbered(1)))
+            thread::spawn(move || {
+                seated();
+                list.post(0, &numbered(1));
+            })
         };
         queue.clear();
         list.post(0, &numbered(2));

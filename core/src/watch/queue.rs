@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::num::NonZeroUsize;
 #[cfg(not(loom))]
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::AtomicU64;
@@ -22,7 +23,7 @@ use super::ring::{Line, Push, Reader, Ring, Slots};
 use super::share::Caller;
 use super::signal::Signal;
 use super::snapshot::Snapshot;
-use super::sync::atomic::{AtomicUsize, Ordering};
+use super::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use super::sync::{Mutex, lock};
 use super::turn::{Taken, Turn};
 
@@ -210,7 +211,8 @@ impl WatchQueue {
     pub fn new(config: WatchConfig) -> Result<Self, OpenError> {
         let bell = Bell::new(Signal::new().map_err(OpenError::Signal)?);
         let inner = QueueInner::new(Ring::new(), Wakeup::Bell(bell), config.policy, config.limit);
-        let inner = QueueInner { strict: config.strict, wake: config.wake, ..inner };
+        let choosy = AtomicBool::new(config.strict || inner.policy.is_some());
+        let inner = QueueInner { strict: config.strict, choosy, wake: config.wake, ..inner };
         if !config.sized_later {
             inner.size(config.capacity.unwrap_or(MAX_COMPATIBLE_SIZE), MAX_CAPACITY)?;
         }
@@ -234,6 +236,10 @@ impl WatchQueue {
     /// [`FilterError`]; the old filter stays.
     pub fn set_filter(&self, entries: Option<&[FilterEntry]>) -> Result<(), FilterError> {
         let filter = entries.map(|entries| Filter::new(entries, self.inner.strict)).transpose()?;
+        if filter.is_some() {
+            // Relaxed: a post that doesn't see it counts as one before this call.
+            self.inner.choosy.store(true, Ordering::Relaxed);
+        }
         drop(self.inner.filter.replace(filter.map(Box::new)));
         Ok(())
     }
@@ -243,11 +249,15 @@ impl WatchQueue {
     ///
     /// # Errors
     /// [`ReadError::Empty`] if there is nothing, [`ReadError::NoBuffer`] if the first record doesn't fit.
+    #[inline]
     pub fn read(&self, out: &mut [u8]) -> Result<usize, ReadError> {
         if out.is_empty() {
             return Ok(0);
         }
-        self.inner.read::<false>(out)
+        self.inner.read::<false>(out).map_err(|needed| match needed {
+            Some(needed) => ReadError::NoBuffer { needed: needed.get(), given: out.len() },
+            None => ReadError::Empty,
+        })
     }
 
     /// The same, but waits for a record: at most `limit`, or for good.
@@ -347,6 +357,8 @@ impl AsFd for WatchQueue {
         if inner.wake == Wake::Level && !inner.bell().is_level() {
             let _turn = inner.reading.0.turn.take();
             inner.bell().keep_level();
+            // Relaxed: reads look under the same lock.
+            inner.beside.fetch_or(REARM, Ordering::Relaxed);
             inner.arm();
         }
         inner.bell().signal().as_fd()
@@ -375,6 +387,22 @@ pub(super) enum Wakeup {
     Caller(Caller),
 }
 
+/// In `beside`: a bell to be armed after each read. Set under the reader's lock, for good.
+#[cfg(not(loom))]
+const REARM: usize = 1;
+/// In `beside`: a removal record.
+const REMOVAL: usize = 2;
+
+/// How far [`QueueInner::offer_plainly`] came.
+pub(super) enum Offered {
+    /// To the end.
+    Whole,
+    /// The record is stored, but the reader to be [called](QueueInner::call).
+    Uncalled,
+    /// Nowhere: the record is to be [stored](QueueInner::store).
+    Not,
+}
+
 /// The queue itself, which watch lists hold too.
 pub(super) struct QueueInner {
     ring: Ring,
@@ -382,6 +410,9 @@ pub(super) struct QueueInner {
     filter: Snapshot<Filter>,
     policy: Option<Box<Policy>>,
     strict: bool,
+    /// Whether a post has to ask for more than room: there is a policy, there ever was a filter, or the queue is strict. One word for all that most queues
+    /// don't have. Only ever set.
+    choosy: AtomicBool,
     #[cfg_attr(loom, expect(dead_code, reason = "the model's signal is no descriptor to ask for"))]
     wake: Wake,
     pub(super) limit: WatchLimit,
@@ -389,8 +420,8 @@ pub(super) struct QueueInner {
     /// Removal records that found the ring full, each with the position before which it belongs. Room for one per watch is made when the watch
     /// is. Taken by removals and readers, never by a post.
     removals: Mutex<VecDeque<(u64, Record)>>,
-    /// Length of `removals`, to read without its lock.
-    removals_waiting: AtomicUsize,
+    /// What a read has to see to beside the ring: [`REMOVAL`] for each of `removals`, written under their lock, and [`REARM`].
+    beside: AtomicUsize,
     /// How many ever went into `removals`.
     removals_total: AtomicU64,
     /// The lists that name this queue; `None` once it is cleared. Taken inside a list's lock, never the other way round.
@@ -398,6 +429,9 @@ pub(super) struct QueueInner {
     filtered: AtomicU64,
     denied: AtomicU64,
 }
+
+/// What a read gave: how many bytes, or how many the next record has, if it doesn't fit, or nothing. In two registers, where a [`ReadError`] needs memory.
+type Read = Result<usize, Option<NonZeroUsize>>;
 
 /// What every read writes. On a line of its own: the other fields here are what every post looks at.
 struct Reading {
@@ -413,13 +447,14 @@ impl QueueInner {
             ring,
             wakeup,
             filter: Snapshot::empty(),
+            choosy: AtomicBool::new(policy.is_some()),
             policy,
             strict: false,
             wake: Wake::Level,
             limit,
             reading: Line(Reading { turn: Turn::new(), high_water: AtomicU64::new(0) }),
             removals: Mutex::new(VecDeque::new()),
-            removals_waiting: AtomicUsize::new(0),
+            beside: AtomicUsize::new(0),
             removals_total: AtomicU64::new(0),
             watches: Mutex::new(Some(Vec::new())),
             filtered: AtomicU64::new(0),
@@ -453,6 +488,12 @@ impl QueueInner {
         }
     }
 
+    /// Whether the descriptor is readable.
+    #[cfg(all(test, loom))]
+    pub(super) fn signal_is_raised(&self) -> bool {
+        self.bell().signal().is_raised()
+    }
+
     /// Whether every read arms the bell.
     #[inline]
     fn bell_is_level(&self) -> bool {
@@ -465,9 +506,19 @@ impl QueueInner {
         self.bell().arm(|| self.readable())
     }
 
+    /// Whether the reader may want to be [woken](Self::call). The caller has just published something.
+    #[inline]
+    fn may_call(&self) -> bool {
+        match &self.wakeup {
+            Wakeup::Bell(bell) => bell.may_be_armed(),
+            #[cfg(not(loom))]
+            Wakeup::Caller(_) => true,
+        }
+    }
+
     /// Wakes the reader if it wants to be woken. The caller has just published something.
     #[inline]
-    fn call(&self) {
+    pub(super) fn call(&self) {
         match &self.wakeup {
             Wakeup::Bell(bell) => bell.ring_if_armed(),
             #[cfg(not(loom))]
@@ -485,21 +536,26 @@ impl QueueInner {
         self.ring.limit().map_or(0, |limit| limit as usize)
     }
 
-    /// Puts a record in, with this tag, if filter and policy let it. Never waits, allocates or frees.
+    /// Whether a post has to ask filter and policy. Most queues let everything in.
     #[inline]
-    pub(super) fn offer(&self, object: u64, record: &Record, tag: u8) {
-        // Most queues let everything in.
-        if self.filter.is_some() || self.policy.is_some() || self.strict {
-            self.store_wanted(object, record, tag);
-        } else {
-            self.store(record, tag);
+    pub(super) fn is_choosy(&self) -> bool {
+        // Relaxed: a filter set concurrently counts as set after this call.
+        self.choosy.load(Ordering::Relaxed)
+    }
+
+    /// The first steps of an [`offer`](Self::offer) to a queue that isn't choosy: nearly always all of them.
+    #[inline(always)]
+    pub(super) fn offer_plainly(&self, record: &Record, tag: u8) -> Offered {
+        match self.ring.push_plainly(record, tag) {
+            Some(Push::Stored) if self.may_call() => Offered::Uncalled,
+            Some(_) => Offered::Whole,
+            None => Offered::Not,
         }
     }
 
-    /// Apart, so that nothing need be kept over the asking where nobody is asked.
-    #[inline(never)]
-    fn store_wanted(&self, object: u64, record: &Record, tag: u8) {
-        if self.wants(object, record, tag) {
+    /// Puts a record in, with this tag, if filter and policy let it. Never waits, allocates or frees.
+    pub(super) fn offer(&self, object: u64, record: &Record, tag: u8) {
+        if !self.is_choosy() || self.wants(object, record, tag) {
             self.store(record, tag);
         }
     }
@@ -523,7 +579,7 @@ impl QueueInner {
     }
 
     #[inline]
-    fn store(&self, record: &Record, tag: u8) {
+    pub(super) fn store(&self, record: &Record, tag: u8) {
         let tell = match self.ring.push_or_mark_lost(record, tag) {
             Push::Stored => true,
             // The kernel doesn't wake for a loss.
@@ -551,8 +607,8 @@ impl QueueInner {
         let mut removals = lock(&self.removals);
         removals.push_back((position, record.with_tag(tag)));
         self.removals_total.fetch_add(1, Ordering::Relaxed);
-        // Release: pairs with the Acquire in `removal_before`.
-        self.removals_waiting.store(removals.len(), Ordering::Release);
+        // Release: pairs with the Acquire of the reads.
+        self.beside.fetch_add(REMOVAL, Ordering::Release);
         drop(removals);
         self.call();
     }
@@ -571,7 +627,7 @@ impl QueueInner {
     #[inline]
     fn removals_wait(&self) -> bool {
         // Acquire: pairs with the Release in `announce_removal`.
-        self.removals_waiting.load(Ordering::Acquire) > 0
+        self.beside.load(Ordering::Acquire) >= REMOVAL
     }
 
     /// Whether a read would find something. In strict mode a loss after the last record doesn't count, as in the kernel.
@@ -587,46 +643,60 @@ impl QueueInner {
         unsafe { self.ring.reader() }
     }
 
+    /// The same, if the ring is this process's alone and has slots: that of every [`WatchQueue`], once it has a size.
+    #[inline]
+    fn own_reader<'a>(&'a self, _: &'a Taken<'_>) -> Option<Reader<'a>> {
+        // SAFETY: as in `reader`.
+        unsafe { self.ring.own_reader() }
+    }
+
     /// See [`WatchQueue::read`]; of one record only, or of as many as fit.
     ///
     /// What a read of one record finds is done here, and all else goes on in functions of its own, so that nothing need be kept for them.
-    #[inline]
-    fn read<const ONE: bool>(&self, out: &mut [u8]) -> Result<usize, ReadError> {
+    fn read<const ONE: bool>(&self, out: &mut [u8]) -> Read {
         let Some(turn) = self.reading.0.turn.try_take() else { return self.read_later::<ONE>(out) };
-        let ring = self.reader(&turn);
-        if !ring.is_own() || self.bell_is_level() {
-            return self.read_on::<ONE>(turn, out, 0);
-        }
-        self.see_waiting(&ring);
-        // What doesn't fit stays, and is found again.
-        let Some(Ok(len)) = ring.take(out, || self.removals_wait()) else {
-            return self.read_on::<ONE>(turn, out, 0);
+        let Some(ring) = self.own_reader(&turn) else { return self.read_on::<ONE>(turn, out, 0) };
+        let before = |position| {
+            self.see_waiting(ring.waiting(position));
+            self.beside.load(Ordering::Acquire) > 0
         };
+        // What doesn't fit stays, and is found again.
+        let Some(Ok(len)) = ring.take(out, before) else { return self.read_on::<ONE>(turn, out, 0) };
         // No record is shorter than its header: don't look for one that can't fit.
-        if ONE || out.len() - len < HEADER_LEN { Ok(len) } else { self.read_on::<ONE>(turn, out, len) }
+        if !ONE && out.len() - len >= HEADER_LEN {
+            return self.read_on::<ONE>(turn, out, len);
+        }
+        if turn.give_back() { Ok(len) } else { self.wake_next(len) }
     }
 
-    /// The same for who has to wait for its turn.
+    /// The end of a read that somebody may wait for.
     #[cold]
-    fn read_later<const ONE: bool>(&self, out: &mut [u8]) -> Result<usize, ReadError> {
+    fn wake_next(&self, len: usize) -> Read {
+        self.reading.0.turn.wake();
+        Ok(len)
+    }
+
+    /// [`read`](Self::read) for who has to wait for its turn.
+    #[cold]
+    fn read_later<const ONE: bool>(&self, out: &mut [u8]) -> Read {
         self.read_on::<ONE>(self.reading.0.turn.take(), out, 0)
     }
 
     /// Remembers how many records wait, if there were never more.
     #[inline]
-    fn see_waiting(&self, ring: &Reader<'_>) {
-        let (pending, high_water) = (ring.usage().1, &self.reading.0.high_water);
+    fn see_waiting(&self, waiting: u64) {
+        let high_water = &self.reading.0.high_water;
         // Relaxed: a count that only the lock's holder writes.
-        if pending > high_water.load(Ordering::Relaxed) {
-            high_water.store(pending, Ordering::Relaxed);
+        if waiting > high_water.load(Ordering::Relaxed) {
+            high_water.store(waiting, Ordering::Relaxed);
         }
     }
 
     /// Goes on with a read that has `total` bytes, and ends its turn.
     #[inline(never)]
-    fn read_on<const ONE: bool>(&self, turn: Taken<'_>, out: &mut [u8], total: usize) -> Result<usize, ReadError> {
+    fn read_on<const ONE: bool>(&self, turn: Taken<'_>, out: &mut [u8], total: usize) -> Read {
         let ring = self.reader(&turn);
-        self.see_waiting(&ring);
+        self.see_waiting(ring.usage().1);
         let read = self.read_more::<ONE>(&ring, out, total);
         if self.bell_is_level() {
             self.arm();
@@ -635,26 +705,21 @@ impl QueueInner {
     }
 
     #[inline]
-    fn read_more<const ONE: bool>(
-        &self,
-        ring: &Reader<'_>,
-        out: &mut [u8],
-        mut total: usize,
-    ) -> Result<usize, ReadError> {
+    fn read_more<const ONE: bool>(&self, ring: &Reader<'_>, out: &mut [u8], mut total: usize) -> Read {
         loop {
             let left = &mut out[total..];
-            let copied = match ring.take(left, || self.removals_wait()) {
+            let copied = match ring.take(left, |_| self.removals_wait()) {
                 Some(copied) => copied,
                 None => match self.take_other(ring, left, total) {
                     Ok(copied) => copied,
                     Err(end) if total > 0 || end => return Ok(total),
-                    Err(_) => return Err(ReadError::Empty),
+                    Err(_) => return Err(None),
                 },
             };
             match copied {
                 Ok(len) => total += len,
                 Err(_) if total > 0 => return Ok(total),
-                Err(needed) => return Err(ReadError::NoBuffer { needed, given: out.len() }),
+                Err(needed) => return Err(NonZeroUsize::new(needed)),
             }
             if ONE || out.len() - total < HEADER_LEN {
                 return Ok(total);
@@ -684,7 +749,8 @@ impl QueueInner {
         let (_, record) = removals.front().expect("only a reader takes removal records out");
         let len = copy(record, out)?;
         removals.pop_front();
-        self.removals_waiting.store(removals.len(), Ordering::Release);
+        // Relaxed: only a reader has to know, and this is one.
+        self.beside.fetch_sub(REMOVAL, Ordering::Relaxed);
         Ok(len)
     }
 
@@ -707,7 +773,7 @@ impl QueueInner {
 
     fn counters(&self) -> Counters {
         let (stored, pending) = self.ring.usage();
-        let waiting = self.removals_waiting.load(Ordering::Relaxed) as u64;
+        let waiting = (self.beside.load(Ordering::Relaxed) / REMOVAL) as u64;
         let lost = self.ring.lost();
         let high_water = self.reading.0.high_water.load(Ordering::Relaxed).max(pending);
         Counters {

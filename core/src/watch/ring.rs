@@ -18,7 +18,10 @@
 //! `head`, the slots and `LOST` are written by posts only, `tail` by the reader only. That is why `tail` may lie in memory that another
 //! process owns: it is read at most once per try, checked against `head`, and never used as an index. The reader's half of this file runs
 //! there too, over a mapping of `head` and slots that it can't write. Who is in another process may break the laws, so there a record's bytes are
-//! atomics; in a ring of this process's own they are copied plainly, which saves 64 instructions of 434 for a post and a read of 127 bytes.
+//! atomics; in a ring of this process's own they are copied plainly.
+//!
+//! What a post and a read nearly always find is done by [`Ring::push_plainly`] and [`Reader::take`], in as few steps as can be; all cases are in
+//! [`Ring::push_or_mark_lost`], and in [`Reader::next`] and what follows it.
 
 use std::ptr;
 #[cfg(not(loom))]
@@ -67,24 +70,52 @@ pub(super) struct Slots {
     reserve: u64,
 }
 
-/// Where slots are.
+/// Where slots are: a power of two of them.
 #[derive(Debug)]
 enum Memory {
-    Owned(Box<[Slot]>),
+    Owned(OwnSlots),
     #[cfg(not(loom))]
     Shared(Arc<SharedRing>),
 }
 
+impl Memory {
+    #[inline]
+    fn own(&self) -> Option<&OwnSlots> {
+        match self {
+            Self::Owned(slots) => Some(slots),
+            #[cfg(not(loom))]
+            Self::Shared(_) => None,
+        }
+    }
+}
+
+/// Slots that are this process's alone.
+///
+/// # Invariants
+/// A power of two of them.
+#[derive(Debug)]
+struct OwnSlots(Box<[Slot]>);
+
+impl OwnSlots {
+    #[inline]
+    fn view(&self) -> View<'_> {
+        // INVARIANT: a power of two, as here.
+        View { slots: &self.0, owned: true }
+    }
+}
+
 impl Slots {
     pub(super) fn new(limit: usize) -> Self {
-        let slots = (0..limit.next_power_of_two()).map(|_| Slot::new()).collect();
+        // INVARIANT: a power of two.
+        let slots = OwnSlots((0..limit.next_power_of_two()).map(|_| Slot::new()).collect());
         Self { memory: Memory::Owned(slots), limit: limit as u64, reserve: 0 }
     }
 
     #[inline]
     fn view(&self) -> View<'_> {
         match &self.memory {
-            Memory::Owned(slots) => View { slots, owned: true },
+            Memory::Owned(slots) => slots.view(),
+            // INVARIANT: of a `SharedRing`'s slots there are a power of two.
             #[cfg(not(loom))]
             Memory::Shared(shared) => View { slots: shared.slots(), owned: false },
         }
@@ -92,6 +123,9 @@ impl Slots {
 }
 
 /// Slots, wherever they are. Found once for all that a post or a read does: the compiler can't know that they stay where they are.
+///
+/// # Invariants
+/// A power of two of them.
 #[derive(Debug, Clone, Copy)]
 struct View<'a> {
     slots: &'a [Slot],
@@ -102,12 +136,9 @@ struct View<'a> {
 impl<'a> View<'a> {
     #[inline]
     fn at(self, position: u64) -> &'a Slot {
-        self.get(position).expect("there are slots")
-    }
-
-    #[inline]
-    fn get(self, position: u64) -> Option<&'a Slot> {
-        self.slots.get(position as usize & self.slots.len().wrapping_sub(1))
+        let at = position as usize & (self.slots.len() - 1);
+        // SAFETY: by the type's invariant there is one slot at least, and `at` was cut to their number.
+        unsafe { self.slots.get_unchecked(at) }
     }
 
     /// Copies the record of a committed slot to the front of `out`; its length comes back either way. For a [`Reader`].
@@ -223,17 +254,13 @@ pub(super) struct ReaderWords {
     pub(super) armed: Line<AtomicU64>,
 }
 
-/// Where the words are.
-#[derive(Debug)]
-enum Words {
-    Owned(Box<(WriterWords, ReaderWords)>),
-    #[cfg(not(loom))]
-    Shared(Arc<SharedRing>),
-}
-
 #[derive(Debug)]
 pub(super) struct Ring {
-    words: Words,
+    /// The words of a ring that is this process's alone.
+    own: (WriterWords, ReaderWords),
+    /// Where the words of any other ring are.
+    #[cfg(not(loom))]
+    shared: Option<Arc<SharedRing>>,
     /// A position that `tail` has reached. Saves posts from touching the reader's cache line while there is room by this measure.
     seen: Line<AtomicU64>,
     slots: OnceLock<Slots>,
@@ -242,25 +269,38 @@ pub(super) struct Ring {
 impl Ring {
     pub(super) fn new() -> Self {
         let zero = || Line(AtomicU64::new(0));
-        let words = (WriterWords { head: zero(), lost: zero() }, ReaderWords { tail: zero(), armed: zero() });
-        Self { words: Words::Owned(Box::new(words)), seen: zero(), slots: OnceLock::new() }
+        let own = (WriterWords { head: zero(), lost: zero() }, ReaderWords { tail: zero(), armed: zero() });
+        Self {
+            own,
+            #[cfg(not(loom))]
+            shared: None,
+            seen: zero(),
+            slots: OnceLock::new(),
+        }
     }
 
     /// A ring over memory that two processes share: in the one that posts, or in the one that reads.
     #[cfg(not(loom))]
     pub(super) fn shared(shared: Arc<SharedRing>, limit: u64, reserve: u64) -> Self {
         let slots = Slots { memory: Memory::Shared(Arc::clone(&shared)), limit, reserve };
-        Self { words: Words::Shared(shared), seen: Line(AtomicU64::new(0)), slots: OnceLock::from(slots) }
+        Self { shared: Some(shared), slots: OnceLock::from(slots), ..Self::new() }
     }
 
     /// Where the words are. Asked once for all that a post or a read does, as the compiler can't know that the answer stays the same.
     #[inline]
     fn words(&self) -> (&WriterWords, &ReaderWords) {
-        match &self.words {
-            Words::Owned(words) => (&words.0, &words.1),
-            #[cfg(not(loom))]
-            Words::Shared(shared) => (shared.writer(), shared.reader()),
+        #[cfg(not(loom))]
+        if let Some(shared) = &self.shared {
+            return (shared.writer(), shared.reader());
         }
+        (&self.own.0, &self.own.1)
+    }
+
+    /// The slots of a ring that is this process's alone, once it has some, and how many may be in use.
+    #[inline]
+    fn own_slots(&self) -> Option<(&OwnSlots, &u64)> {
+        let slots = self.slots.get()?;
+        Some((slots.memory.own()?, &slots.limit))
     }
 
     /// The reader's half of the ring, found once for all steps of a read.
@@ -270,6 +310,16 @@ impl Ring {
     #[inline]
     pub(super) unsafe fn reader(&self) -> Reader<'_> {
         self.look()
+    }
+
+    /// The same, if the ring is this process's alone and has slots: a [`take`](Reader::take) is left without the other case.
+    ///
+    /// # Safety
+    /// As for [`reader`](Self::reader).
+    #[inline]
+    pub(super) unsafe fn own_reader(&self) -> Option<Reader<'_>> {
+        let (slots, _) = self.own_slots()?;
+        Some(Reader { head: &self.own.0.head.0, tail: &self.own.1.tail.0, slots: Some(slots.view()) })
     }
 
     #[inline]
@@ -300,6 +350,34 @@ impl Ring {
     /// Stores a removal record, for which the reserve is kept. If even that is full, nothing is stored and nothing marked.
     pub(super) fn push_removal(&self, record: &Record, tag: u8) -> Push {
         self.push_or(record, tag, false)
+    }
+
+    /// What [`push_or_mark_lost`](Self::push_or_mark_lost) nearly always comes to, in as few steps as can be: in a ring that is this process's alone, a record with
+    /// nothing lost before it is stored where there is room by `seen`, and one that comes to a ring as full as the record before found it is covered. In
+    /// all other cases, and if somebody posts at the same moment, nothing is done, and the answer is `None`.
+    #[inline(always)]
+    pub(super) fn push_plainly(&self, record: &Record, tag: u8) -> Option<Push> {
+        let (slots, limit) = self.own_slots()?;
+        let (WriterWords { head: at_head, lost }, ReaderWords { tail, .. }) = &self.own;
+        // The orders are those of `push_or`, and for the same reasons.
+        let head = at_head.0.load(Ordering::Acquire);
+        let (position, flags) = (head >> HEAD_SHIFT, head & (LOST | DEFUNCT));
+        if flags != 0 {
+            let waiting = position.checked_sub(tail.0.load(Ordering::Acquire) >> 1);
+            return (flags == LOST && waiting.is_some_and(|waiting| waiting >= *limit)).then(|| {
+                lost.0.fetch_add(1, Ordering::Relaxed);
+                Push::Covered
+            });
+        }
+        if position.wrapping_sub(self.seen.0.load(Ordering::Acquire)) >= *limit {
+            return None;
+        }
+        let next = head + (1 << HEAD_SHIFT);
+        at_head.0.compare_exchange_weak(head, next, Ordering::AcqRel, Ordering::Relaxed).ok()?;
+        let slot = slots.view().at(position);
+        fill(slot, record, tag, true);
+        slot.commit.store((position + 1) << 1, Ordering::Release);
+        Some(Push::Stored)
     }
 
     /// Stores a record with this tag, or marks its loss and counts it.
@@ -422,10 +500,11 @@ pub(super) struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// Whether the ring has slots, and they are this process's alone. Who asks first leaves a [`take`](Self::take) without the other case.
+    /// How many records are stored from this position on, which is the reader's, in a ring whose both ends keep the laws.
     #[inline]
-    pub(super) fn is_own(&self) -> bool {
-        self.slots.is_some_and(|slots| slots.owned)
+    pub(super) fn waiting(&self, position: u64) -> u64 {
+        // Relaxed: whoever has moved the tail here has seen `head` as far.
+        (self.head.load(Ordering::Relaxed) >> HEAD_SHIFT).wrapping_sub(position)
     }
 
     /// Records stored so far, and records that are stored now.
@@ -462,14 +541,14 @@ impl Reader<'_> {
     /// steps as can be. Otherwise `None`, and [`next`](Self::next) says what there is; also if `before`, asked once the record was seen, says that something
     /// goes before it. Answers the record's length, or nothing taken if `out` is too short.
     #[inline]
-    pub(super) fn take(&self, out: &mut [u8], before: impl FnOnce() -> bool) -> Option<Result<usize, usize>> {
+    pub(super) fn take(&self, out: &mut [u8], before: impl FnOnce(u64) -> bool) -> Option<Result<usize, usize>> {
         // Relaxed: nobody else writes it.
         let tail = self.tail.load(Ordering::Relaxed);
         let slots = self.slots?;
-        let slot = slots.get(tail >> 1)?;
+        let slot = slots.at(tail >> 1);
         let after = (tail | REPORTED) + 1;
         // Acquire: the record's bytes. Equal to the next position's `tail`, so committed and without `LOST_BEFORE`.
-        if slot.commit.load(Ordering::Acquire) != after || before() {
+        if slot.commit.load(Ordering::Acquire) != after || before(tail >> 1) {
             return None;
         }
         let copied = slots.copy_out(slot, out);

@@ -34,6 +34,17 @@ pub(super) struct Looking {
 }
 
 impl Looking {
+    /// The same as [`at`](Self::at) for a thread that has a seat and looks at nothing, as most have and do; `None` for the others.
+    #[inline]
+    pub(super) fn just_at(what: *const ()) -> Option<Self> {
+        let place = &MINE.with(Cell::get)?.looking[0];
+        // The orders are those of `at`.
+        place.load(Ordering::Relaxed).is_null().then(|| {
+            place.store(what.cast_mut(), Ordering::Relaxed);
+            Self { place }
+        })
+    }
+
     /// Says that this thread looks at `what`; `None` if it can't be said here. The caller passes [`light`](super::barrier::light) before it looks.
     #[inline]
     pub(super) fn at(what: *const ()) -> Option<Self> {

@@ -5,6 +5,7 @@
 //! mine, then look at yours": a reader says that it looks, then loads the pointer; a writer swaps the pointer, then looks who looks. With a barrier
 //! between the two steps on both sides, either the reader sees the new value or the writer sees the reader.
 
+use std::marker::PhantomData;
 use std::ptr;
 
 use super::barrier;
@@ -51,11 +52,22 @@ impl<T: Send + Sync> Snapshot<T> {
         }
     }
 
+    /// Looks at the value, where that is said in a few steps: otherwise `None`, and [`read`](Self::read) finds a way.
+    #[inline]
+    pub(super) fn look(&self) -> Option<Look<'_, T>> {
+        let looking = Looking::just_at(ptr::from_ref(self).cast())?;
+        barrier::passed_free().then(|| {
+            // Acquire: as in `look_said`.
+            let value = self.current.load(Ordering::Acquire);
+            Look { value, _looking: looking, _snapshot: PhantomData }
+        })
+    }
+
     /// Looks at the value, if there is one; [`is_some`](Self::is_some) says so for less. Never waits, allocates or frees.
     #[inline]
     pub(super) fn read<R>(&self, look: impl FnOnce(&T) -> R) -> Option<R> {
         match Looking::at(ptr::from_ref(self).cast()) {
-            Some(_looking) => self.look(look),
+            Some(_looking) => self.look_said(look),
             None => self.read_counted(look),
         }
     }
@@ -64,12 +76,12 @@ impl<T: Send + Sync> Snapshot<T> {
     #[cold]
     fn read_counted<R>(&self, look: impl FnOnce(&T) -> R) -> Option<R> {
         let _counted = Counted::enter(&self.readers);
-        self.look(look)
+        self.look_said(look)
     }
 
     /// The caller has said that it looks, and does until this is over.
     #[inline]
-    fn look<R>(&self, look: impl FnOnce(&T) -> R) -> Option<R> {
+    fn look_said<R>(&self, look: impl FnOnce(&T) -> R) -> Option<R> {
         barrier::light();
         // Acquire: pairs with the swap in `replace`; who sees the pointer sees the value.
         let current = self.current.load(Ordering::Acquire);
@@ -119,6 +131,24 @@ impl<T> Drop for Snapshot<T> {
             drop(unsafe { Box::from_raw(current) });
         }
         drop(Garbage(std::mem::take(&mut *lock(&self.replaced))));
+    }
+}
+
+/// A thread looks at a snapshot's value, until this is dropped.
+pub(super) struct Look<'a, T> {
+    /// Null, or what was current after this thread had said that it looks, and had passed the barrier. A pointer, as the value may be freed as soon as the
+    /// word is taken back, and a function that takes a reference keeps it to its end.
+    value: *const T,
+    _looking: Looking,
+    _snapshot: PhantomData<&'a Snapshot<T>>,
+}
+
+impl<T> Look<'_, T> {
+    #[inline]
+    pub(super) fn value(&self) -> Option<&T> {
+        // SAFETY: the pointer is null or from `Box::into_raw`. As in `look_said`, the value isn't freed before the word is taken back, and that ends the borrow; nor
+        // with the snapshot, which is borrowed.
+        unsafe { self.value.as_ref() }
     }
 }
 

@@ -4,10 +4,12 @@
 //! somebody waits; whoever wants to wait says so, passes the barrier for both, and looks at the lock again. So either it finds the lock free, or
 //! the holder finds it waiting.
 
+use std::mem::ManuallyDrop;
+
 use pinfold_invalidate::sync::Futex;
 
 use super::barrier;
-use super::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use super::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 
 #[derive(Debug)]
 pub(super) struct Turn {
@@ -37,9 +39,26 @@ impl Turn {
     /// Takes the turn if it is nobody's.
     #[inline]
     pub(super) fn try_take(&self) -> Option<Taken<'_>> {
-        // Acquire: pairs with the Release of the drop.
+        // Acquire: pairs with the Release of `end`.
         let taken = self.taken.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok();
         taken.then(|| Taken(self))
+    }
+
+    /// Ends a turn. Answers whether that was all: otherwise somebody may wait for the next one, and is to be [woken](Self::wake).
+    #[inline]
+    fn end(&self) -> bool {
+        // Release: the next one sees what was done.
+        self.taken.store(false, Ordering::Release);
+        barrier::passed_free() && self.waiting.load(Ordering::Relaxed) == 0
+    }
+
+    /// Wakes who waits, if somebody does.
+    #[cold]
+    pub(super) fn wake(&self) {
+        fence(Ordering::SeqCst);
+        if self.waiting.load(Ordering::Relaxed) > 0 {
+            self.freed.bump();
+        }
     }
 
     #[cold]
@@ -59,14 +78,19 @@ impl Turn {
     }
 }
 
+impl Taken<'_> {
+    /// Ends the turn. If the answer is false, the caller [wakes](Turn::wake) who waits for the next one.
+    #[inline]
+    pub(super) fn give_back(self) -> bool {
+        ManuallyDrop::new(self).0.end()
+    }
+}
+
 impl Drop for Taken<'_> {
     #[inline]
     fn drop(&mut self) {
-        // Release: the next one sees what was done.
-        self.0.taken.store(false, Ordering::Release);
-        barrier::light();
-        if self.0.waiting.load(Ordering::Relaxed) > 0 {
-            self.0.freed.bump();
+        if !self.0.end() {
+            self.0.wake();
         }
     }
 }

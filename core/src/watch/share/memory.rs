@@ -17,6 +17,9 @@ use super::super::ring::{ReaderWords, Slot, WriterWords};
 const SLOTS_AT: usize = size_of::<WriterWords>();
 
 /// Both files of a ring, mapped: read and write in the program; in the reader, the records read-only.
+///
+/// # Invariants
+/// `slots` is a power of two, and `records` is [`records_len`] of them long.
 #[derive(Debug)]
 pub(in super::super) struct SharedRing {
     records: Mapping,
@@ -34,6 +37,7 @@ pub(super) struct Files {
 impl SharedRing {
     /// Makes and seals the files of a ring with this many slots, a power of two.
     pub(super) fn create(slots: usize) -> io::Result<(Self, Files)> {
+        assert!(slots.is_power_of_two(), "a ring of {slots} slots");
         let records = memory_file(records_len(slots))?;
         // Mapped before the seal: a later writable mapping is refused to everybody.
         let mapped = Mapping::new(&records, records_len(slots), ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
@@ -44,8 +48,9 @@ impl SharedRing {
         Ok((Self { records: mapped, position: words, slots }, Files { records, position }))
     }
 
-    /// Maps what a program sent. The sizes and seals are checked, so that no access can fault.
+    /// Maps what a program sent, with this many slots, a power of two. The sizes and seals are checked, so that no access can fault.
     pub(super) fn open(files: &Files, slots: usize) -> io::Result<Self> {
+        assert!(slots.is_power_of_two(), "a ring of {slots} slots");
         let solid = |file: &OwnedFd, len: usize| -> io::Result<bool> {
             let seals = SealFlag::from_bits_retain(fcntl(file, FcntlArg::F_GET_SEALS)?);
             Ok(seals.contains(SealFlag::F_SEAL_SHRINK)
