@@ -370,7 +370,7 @@ impl Reader {
     /// Puts what is left to tell into the ring, as far as there is room, leaving half of it to what happens meanwhile.
     fn tell(&mut self) {
         let Step::Reading { queue, left } = &mut self.step else { return };
-        while queue.0.room() > queue.0.capacity_now() as u64 / 2
+        while queue.0.room() > queue.0.capacity().unwrap_or(0) as u64 / 2
             && let Some(record) = left.pop()
         {
             queue.0.offer(0, &record, 0);
