@@ -203,6 +203,13 @@ impl Node {
         self.what[at].1
     }
 
+    /// Has the value of the entry come while others are looked at.
+    #[inline]
+    pub(super) fn prefetch_value(&self, at: usize) {
+        // SAFETY: of a byte of a live value, and only for the address.
+        prefetch(unsafe { &*self.link(at).cast::<u8>() });
+    }
+
     pub(super) fn items(&self) -> impl Iterator<Item = Item> + Clone {
         (0..self.len()).map(|at| self.item(at))
     }
@@ -304,14 +311,19 @@ impl Node {
         }
         // Copied whole, as arrays of known size are copied faster than their parts.
         (self.scale, self.starts.0, self.ends, self.what) = (from.scale, from.starts.0, from.ends, from.what);
-        self.cut = from.cut;
+        let is_cut = self.scale.bits != 0;
+        if is_cut {
+            self.cut = from.cut;
+        }
         self.len = from.len - gone as u32 + new.len() as u32;
         if gone != new.len() {
             let (tail, to) = (at + gone..from.len(), at + new.len());
             self.starts.0.copy_within(tail.clone(), to);
             self.ends.copy_within(tail.clone(), to);
             self.what.copy_within(tail.clone(), to);
-            self.cut.copy_within(tail, to);
+            if is_cut {
+                self.cut.copy_within(tail, to);
+            }
             let len = self.len();
             self.starts.0[len..].fill(FREE);
         }
@@ -348,6 +360,7 @@ impl Node {
 }
 
 /// Places in a node.
+#[derive(Clone)]
 pub(super) struct Places {
     bits: u64,
     /// None of them is as high as this.
@@ -355,6 +368,12 @@ pub(super) struct Places {
 }
 
 impl Places {
+    /// Whether they are more than a few, at a glance: one, and the fourth behind it.
+    #[inline]
+    pub(super) fn are_many(&self) -> bool {
+        self.bits & self.bits >> 4 != 0
+    }
+
     /// The last place there can be, if it is one and no other is.
     #[inline]
     pub(super) fn only_the_last(&self) -> Option<usize> {

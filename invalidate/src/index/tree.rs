@@ -244,6 +244,9 @@ unsafe fn visit_below(
         let this = unsafe { &*node };
         let places = this.overlapping(low, high);
         if height == 1 {
+            if places.are_many() {
+                places.clone().for_each(|at| this.prefetch_value(at));
+            }
             return { places }.try_for_each(|at| hit(this.item(at)));
         }
         height -= 1;
