@@ -150,6 +150,12 @@ impl Ledger {
         if self.unsure {
             return None;
         }
+        // Nearly always.
+        if let Some((piece, watch)) = self.at(range.start())
+            && piece.covers(range)
+        {
+            return Some(Shards::one(watch.shard));
+        }
         let (mut at, mut shards) = (range.start(), Shards::NONE);
         for (piece, watch) in self.pieces_over(range) {
             if piece.start() > at {
