@@ -98,6 +98,8 @@ pub(crate) struct Plan<'a> {
     /// Not a row, only a point of a curve.
     quiet: bool,
     rounds: Option<usize>,
+    /// The rounds are made, however long they take.
+    patient: bool,
     ours: Contender<'a>,
     ours_goal: Option<Goal>,
     peers: Vec<(Contender<'a>, Option<Goal>)>,
@@ -115,6 +117,7 @@ impl<'a> Plan<'a> {
             control: false,
             quiet: false,
             rounds: None,
+            patient: false,
             ours,
             ours_goal: None,
             peers: Vec::new(),
@@ -165,6 +168,12 @@ impl<'a> Plan<'a> {
     /// At most so many rounds: for what takes long.
     pub(crate) fn at_most(mut self, rounds: usize) -> Self {
         self.rounds = Some(rounds);
+        self
+    }
+
+    /// Exactly so many rounds, in every mode: for what takes long and differs much from one round to the next.
+    pub(crate) fn exactly(mut self, rounds: usize) -> Self {
+        (self.rounds, self.patient) = (Some(rounds), true);
         self
     }
 }
@@ -257,14 +266,28 @@ impl Session {
     /// Makes a comparison: a row for each peer.
     pub(crate) fn measure(&mut self, plan: Plan<'_>) -> Result<Medians> {
         self.bar.set_message(plan.name.clone());
-        let Plan { name, unit, better, clock, placement, stat, control, quiet, rounds, ours, ours_goal, peers } = plan;
+        let Plan {
+            name,
+            unit,
+            better,
+            clock,
+            placement,
+            stat,
+            control,
+            quiet,
+            rounds,
+            patient,
+            ours,
+            ours_goal,
+            peers,
+        } = plan;
         let slow = self.slow.as_ref().is_some_and(|slow| format!("{} / {name}", self.group).contains(slow.as_str()));
         let (peers, mut goals): (Vec<_>, Vec<_>) = peers.into_iter().unzip();
         let mut contenders = vec![ours];
         contenders.extend(peers);
         let budget = Duration::from_millis(self.mode.pick(150, 600, 1500)) * contenders.len() as u32 / 2;
         let most = rounds.unwrap_or(usize::MAX).min(self.mode.pick(41, 201, 401));
-        let least = self.mode.pick(5, 7, 11).min(most);
+        let least = if patient { most } else { self.mode.pick(5, 7, 11).min(most) };
 
         for contender in &mut contenders {
             (contender.run)()?;
@@ -274,7 +297,7 @@ impl Session {
         let mut per_round = vec![Vec::new(); contenders.len()];
         let mut round = 0;
         // Where a round takes long, on a machine that is busy, three must do.
-        let needed = |spent: Duration| if spent > 4 * budget { least.min(3) } else { least };
+        let needed = |spent: Duration| if spent > 4 * budget && !patient { least.min(3) } else { least };
         while round < needed(begun.elapsed()) || (round < most && begun.elapsed() < budget) {
             let turns: Vec<_> = match round % 2 {
                 0 => (0..contenders.len()).collect(),

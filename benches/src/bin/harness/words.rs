@@ -124,6 +124,11 @@ pub(crate) fn reason(group: &str, name: &str) -> Option<&'static str> {
             "watch a page of watched memory",
             "A target is entered into the index, and the kernel is asked once whether the page is watched still, as some calls end a watch without an event",
         ),
+        (
+            "invalidate",
+            "one munmap over",
+            "The caller waits for the kernel to free as many pages, which is the plain munmap beside it; what the library adds to that is the row without pages",
+        ),
         ("workqueue", "empty items", "Every item passes the pool's one lock twice"),
         (
             "watch",

@@ -97,6 +97,22 @@ enum Mutation {
     Discard,
 }
 
+/// What a mapping has when it is unmapped.
+#[derive(Clone, Copy)]
+enum Pages {
+    There,
+    Untouched,
+}
+
+impl Pages {
+    fn words(self) -> &'static str {
+        match self {
+            Self::There => "",
+            Self::Untouched => ", no page there",
+        }
+    }
+}
+
 /// Microseconds a call.
 fn mutations(by: By<'_>, what: Mutation) -> Result<Vec<f64>> {
     let pages = single_pages()?;
@@ -383,22 +399,28 @@ fn unrelated(session: &mut Session) -> Result<()> {
     Ok(())
 }
 
-/// One munmap over many objects of a page each.
+/// One munmap over many objects of a page each. What of it is the kernel's, which frees the pages, shows beside it: the same without objects. What is
+/// the library's shows by itself where no page is there, so that the kernel has nothing to free.
 fn en_masse(session: &mut Session) -> Result<()> {
     let space = Space::get(DEFAULT_DEADLINE)?;
     let counts: Vec<usize> =
         session.mode.pick(vec![1, 100, 5_000], vec![1, 100, 10_000, 100_000], vec![1, 100, 10_000, 100_000]);
-    let unmap = |count: usize, by: By<'_>| -> Result<f64> {
-        let memory = Memory::populated(count * page_size())?;
-        let ranges: Vec<_> = (0..count).map(|at| memory.part(at, page_size())).collect();
-        // One call for the kernel, whoever watches; an object for each page all the same.
-        if let By::Ours(space) = by {
-            let watched = space.watch(memory.range())?;
-            for (id, &range) in ranges.iter().enumerate() {
-                let told = Told { shards: AtomicU16::new(watched.shards.0) };
-                space.insert(range, id as u64, Arc::new(told));
-            }
+    // One call for the kernel; an object for each page all the same.
+    let cover = |memory: &Memory| -> Result<Vec<HostRange>> {
+        let ranges: Vec<_> = (0..memory.len() / page_size()).map(|at| memory.part(at, page_size())).collect();
+        let watched = space.watch(memory.range())?;
+        for (id, &range) in ranges.iter().enumerate() {
+            let told = Told { shards: AtomicU16::new(watched.shards.0) };
+            space.insert(range, id as u64, Arc::new(told));
         }
+        Ok(ranges)
+    };
+    let unmap = |count: usize, by: By<'_>, pages: Pages| -> Result<f64> {
+        let memory = match pages {
+            Pages::There => Memory::populated(count * page_size())?,
+            Pages::Untouched => Memory::untouched(count * page_size())?,
+        };
+        let ranges = if let By::Ours(_) = by { cover(&memory)? } else { Vec::new() };
         let begun = Instant::now();
         memory.unmap();
         let time = microseconds(begun.elapsed());
@@ -411,15 +433,39 @@ fn en_masse(session: &mut Session) -> Result<()> {
             session.absent(&counted(count, "object"), "too little memory is free");
             continue;
         }
-        let rounds = if count >= 100_000 { 5 } else { 41 };
-        let plan = Plan::new(
-            format!("one munmap over {}", counted(count, "object")),
-            "µs",
-            Contender::new("pinfold", || unmap(count, By::Ours(&space))),
-        );
-        let goal = Goal::ours(30_000.0).filter(|_| count == 100_000);
-        let plan = plan.against(Contender::new("raw munmap", || unmap(count, By::Nobody)), None).goal(goal);
-        curve.push((count as f64, session.measure(plan.at_most(rounds))?));
+        let mut measure = |pages: Pages, goal: Option<Goal>| {
+            let name = format!("one munmap over {}{}", counted(count, "object"), pages.words());
+            let plan =
+                Plan::new(name, "µs", Contender::new("pinfold", || unmap(count, By::Ours(&space), pages))).goal(goal);
+            let plan = plan.against(Contender::new("raw munmap", || unmap(count, By::Nobody, pages)), None);
+            session.measure(if count >= 100_000 { plan.exactly(9) } else { plan.at_most(41) })
+        };
+        let whole = measure(Pages::There, Goal::ours(30_000.0).filter(|_| count == 100_000))?;
+        if count >= 5_000 {
+            let untouched = measure(Pages::Untouched, None)?;
+            if let ([_, (_, raw)], [(_, ours), (_, least)]) = (&whole[..], &untouched[..]) {
+                session.fact(
+                    format!("of one munmap over {}, ours", counted(count, "object")),
+                    format!("{:.0} µs; a plain one of as many pages takes {:.1} ms", ours - least, raw / 1e3),
+                );
+            }
+        }
+        curve.push((count as f64, whole));
+        if count >= 5_000 {
+            // Whoever looks at these objects waits for it.
+            let told = || -> Result<f64> {
+                let memory = Memory::untouched(count * page_size())?;
+                let ranges = cover(&memory)?;
+                let begun = Instant::now();
+                memory.unmap();
+                ensure!(space.wait_open(Shards::ALL, begun + DEFAULT_DEADLINE), "all are told");
+                let time = microseconds(begun.elapsed());
+                ranges.iter().enumerate().for_each(|(id, range)| space.remove(*range, id as u64));
+                Ok(time)
+            };
+            let name = format!("until {} are told of a munmap", counted(count, "object"));
+            session.measure(Plan::new(name, "µs", Contender::new("pinfold", told)).at_most(11))?;
+        }
     }
     session.curve("one munmap over all objects", "objects", "µs", curve)?;
 
@@ -461,7 +507,7 @@ fn en_masse(session: &mut Session) -> Result<()> {
         Ok(nanoseconds(begun.elapsed()) / 256.0)
     };
     let after = || {
-        unmap(1000, By::Ours(&space))?;
+        unmap(1000, By::Ours(&space), Pages::There)?;
         look()
     };
     let plan = Plan::new("look-up after a munmap over 1,000 objects", "ns", Contender::new("after", after));
