@@ -25,7 +25,7 @@
 use std::io;
 
 use crate::HostRange;
-use crate::pagemap::{CHECK_WPASYNC, PRESENT, PageRegion, SWAPPED, WP_MATCHING, WRITTEN, Wanted, scan};
+use crate::pagemap::{CHECK_WPASYNC, PRESENT, PageRegion, SWAPPED, WP_MATCHING, WRITTEN, Wanted, is_quick_right, scan};
 use crate::uffd::{Uffd, feature};
 
 /// Tells which pages of one range were written.
@@ -37,8 +37,8 @@ pub struct DirtyTracker {
     /// What registered the mappings, if nothing else had. Closing it ends that, and touches no other registration, which
     /// older kernels' `UFFDIO_UNREGISTER` does. It asks for no events, so nobody ever waits for it.
     uffd: Option<Uffd>,
-    /// Mappings that nothing has registered are registered.
-    registers: bool,
+    /// Somebody else has registered the mappings, and hears of discards.
+    watched: bool,
     state: State,
 }
 
@@ -70,18 +70,21 @@ impl DirtyTracker {
     /// part is split by that.
     #[must_use]
     pub fn new(range: HostRange) -> Self {
-        Self::start(range, true)
+        Self::start(range, false)
     }
 
     /// As [`new`](Self::new) for mappings that a [`Space`](crate::Space) watches. Where nobody does, everything counts as written; a registration
     /// of the tracker's own would stand in the way of one who watches them later.
+    ///
+    /// A discarded huge page, or a whole page table of discarded pages, may go untold: the one who watches is told of it. Not to ask for what is
+    /// absent takes 0.6 to 0.7 of the time.
     #[must_use]
     pub fn of_watched(range: HostRange) -> Self {
-        Self::start(range, false)
+        Self::start(range, true)
     }
 
-    fn start(range: HostRange, registers: bool) -> Self {
-        let mut tracker = Self { range, process: std::process::id(), uffd: None, registers, state: State::Armed };
+    fn start(range: HostRange, watched: bool) -> Self {
+        let mut tracker = Self { range, process: std::process::id(), uffd: None, watched, state: State::Armed };
         tracker.arm();
         tracker
     }
@@ -102,7 +105,8 @@ impl DirtyTracker {
     }
 
     /// Adds to `out`, in address order, the parts of the range that were written since the last call, or since
-    /// [`new`](Self::new); discarded anonymous memory counts as written. From here on these count as not written.
+    /// [`new`](Self::new); discarded anonymous memory counts as written (but see [`of_watched`](Self::of_watched)). From here on
+    /// these count as not written.
     ///
     /// If a mapping of the range was replaced, the whole range is told and tracked anew. What isn't mapped isn't told.
     pub fn take(&mut self, out: &mut Vec<HostRange>) -> Taken {
@@ -125,7 +129,7 @@ impl DirtyTracker {
     fn arm(&mut self) {
         let all = || protect(self.range.start() as u64, self.range.end() as u64);
         let armed = all().or_else(|refused| {
-            if !self.registers {
+            if self.watched {
                 return Err(refused);
             }
             let uffd = self.uffd.take().map_or_else(open, Ok)?;
@@ -137,11 +141,15 @@ impl DirtyTracker {
     }
 
     fn scan(&self, out: &mut Vec<HostRange>) -> io::Result<()> {
+        let flags = WP_MATCHING | CHECK_WPASYNC;
+        if self.watched && is_quick_right() {
+            // A single page that was discarded is told. A huge page or a whole page table that was isn't, see below, and is the watch's to tell.
+            return collect(self.range, Wanted { flags, all: WRITTEN, ..Wanted::default() }, |_| Ok(true), out);
+        }
         // A protected page that was never touched has a marker in the page table. Where there is not even that, a huge page
         // or a whole page table was discarded, which kernels before 2026 don't tell as written. To ask for what is absent in
         // the same walk costs half as much as a second one, and tells protected pages that are swapped out, too.
         // Where the walk tells a page as absent only, it may have left it unprotected.
-        let flags = WP_MATCHING | CHECK_WPASYNC;
         let want = Wanted { flags, inverted: PRESENT, any: WRITTEN | PRESENT, told: SWAPPED, ..Wanted::default() };
         let is_told = |region: &PageRegion| {
             let is_absent = region.categories & (PRESENT | SWAPPED) == 0;

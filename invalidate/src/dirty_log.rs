@@ -78,7 +78,7 @@ impl DirtyCursor {
     }
 
     /// Adds to `out`, in address order, the parts of the range that were written since the last call. From here on these count as not written
-    /// for this cursor, and a write that comes while they are copied is told the next time.
+    /// for this cursor, and a write that comes while they are copied is told the next time. Of discards, see [`DirtyTracker::of_watched`].
     pub fn take(&mut self, out: &mut Vec<HostRange>) -> Taken {
         let had = out.len();
         let mut log = log();

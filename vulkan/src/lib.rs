@@ -87,6 +87,7 @@ mod path;
 mod probe;
 mod recorded;
 mod requirements;
+mod share;
 mod upload;
 
 pub use caps::{Capabilities, Support};

@@ -95,6 +95,36 @@ fn a_refresh_copies_what_was_written_and_no_more_wherever_the_mirror_is() {
 }
 
 #[test]
+fn a_discarded_huge_page_is_zeros_in_its_mirror() {
+    let Some(fixture) = Fixture::new() else { return };
+    let manager = manager(&fixture, mirrors(MirrorPlace::HostVisible, &fixture));
+    let huge = 2 << 20;
+    let memory = Memory::anonymous(3 * huge / page_size());
+    let start = memory.range().start().next_multiple_of(huge);
+    let at = std::ptr::with_exposed_provenance_mut::<std::ffi::c_void>(start);
+    // SAFETY: inside the test's own mapping. Where there are no huge pages, small ones are discarded.
+    let _ = unsafe { libc::madvise(at, huge, libc::MADV_HUGEPAGE) };
+    memory.fill();
+    let object = register(&manager, memory.range(), Access::Read);
+    for round in 0..3 {
+        memory.write(start - memory.range().start() + round, 77);
+        for _ in 0..2 {
+            let lease = manager.acquire_timeout(&[&object], GENEROUS).unwrap();
+            assert!(fixture.read(&lease.view(0), 0, lease.view(0).size) == memory.bytes(), "round {round}");
+        }
+        if object.coverage() != Some(Coverage::Watched) {
+            println!("skipped: the discard, which nobody is told of ({:?})", object.coverage());
+            break;
+        }
+        // SAFETY: as above; nobody relies on the bytes.
+        assert_eq!(unsafe { libc::madvise(at, huge, libc::MADV_DONTNEED) }, 0);
+        let lease = manager.acquire_timeout(&[&object], GENEROUS).unwrap();
+        assert!(fixture.read(&lease.view(0), 0, lease.view(0).size) == memory.bytes(), "round {round}, discarded");
+    }
+    drop(object);
+}
+
+#[test]
 fn a_mirror_larger_than_the_staging_buffer_is_filled_in_several_goes() {
     let Some(fixture) = Fixture::new() else { return };
     let manager = manager(&fixture, mirrors(MirrorPlace::DeviceLocal, &fixture));

@@ -168,6 +168,21 @@ fn nothing_under_an_import_is_protected_and_its_mirrors_are_told_everything() {
 }
 
 #[test]
+fn a_cursor_is_told_of_single_pages_that_were_discarded() {
+    let Some((space, memory)) = watched("a_cursor_is_told_of_single_pages_that_were_discarded", 40) else { return };
+    let mut cursor = DirtyCursor::new(&space, memory.0);
+    memory.take(&mut cursor);
+    let part = memory.part(7, 2);
+    // SAFETY: inside this test's own mapping, whose bytes nobody relies upon.
+    let done =
+        unsafe { libc::madvise(ptr::with_exposed_provenance_mut(part.start()), part.len(), libc::MADV_DONTNEED) };
+    assert_eq!(done, 0);
+    memory.write(20);
+    assert_eq!(memory.take(&mut cursor), (Taken::Exact, [7, 8, 20].into()));
+    assert_eq!(memory.take(&mut cursor), (Taken::Exact, BTreeSet::new()));
+}
+
+#[test]
 fn over_memory_that_nobody_watches_everything_is_told_and_watching_it_later_works() {
     let space = Space::get(Duration::from_millis(100)).unwrap();
     let memory = Memory::new(8);
