@@ -9,8 +9,9 @@
 //! then copied, under the mirror's lock, so that an acquire that finds nothing to copy doesn't overtake one that is copying. Where a copy fails,
 //! all is copied the next time. Bytes that unfinished work is to write are left out, and are copied once after it.
 //!
-//! Of a discard the watch tells: the object is invalid then, and its mirror is made anew. Only writes through the registered mapping are told. So the mirror of shared memory or of a file is copied in full, unless the program has
-//! said that nobody writes in another way ([`Config::sole_writer`](crate::Config::sole_writer)).
+//! Of a discard the watch tells: the object is invalid then, and its mirror is made anew. Only writes through the registered mapping are told. So
+//! the mirror of shared memory or of a file is copied in full, unless the program has said that nobody writes in another way
+//! ([`Config::sole_writer`](crate::Config::sole_writer)).
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
