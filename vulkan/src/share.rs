@@ -17,14 +17,19 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 type Work<'a> = dyn Fn(usize) + Sync + 'a;
 
 struct Crew {
-    /// That of a caller, who is still in [`share`] as long as anyone is inside.
-    work: &'static Work<'static>,
+    /// That of a caller, who is still in [`share`] as long as anyone is inside. Later it points to nothing.
+    work: *const Work<'static>,
     units: usize,
     next: AtomicUsize,
     door: Mutex<Door>,
     /// With `door`: the last one went out.
     empty: Condvar,
 }
+
+// SAFETY: `work` is the only part that isn't `Send` and `Sync`, and what it points to is `Sync`: any thread may call it.
+unsafe impl Send for Crew {}
+// SAFETY: as above.
+unsafe impl Sync for Crew {}
 
 #[derive(Default)]
 struct Door {
@@ -38,9 +43,8 @@ struct Door {
 /// # Panics
 /// If `work` does.
 pub(crate) fn share(units: usize, work: &Work<'_>) {
-    // SAFETY: only the lifetime changes. `work` is called inside the door only, and by this thread; `Closing` lets this function end, also by
-    // a panic, when nobody is inside any more and nobody can come in.
-    let work = unsafe { std::mem::transmute::<&Work<'_>, &'static Work<'static>>(work) };
+    // SAFETY: only the lifetime changes, and a pointer promises none.
+    let work = unsafe { std::mem::transmute::<*const Work<'_>, *const Work<'static>>(work) };
     let (door, empty) = (Mutex::default(), Condvar::new());
     let crew = Arc::new(Crew { work, units, next: AtomicUsize::new(0), door, empty });
     let closing = Closing(&crew);
@@ -67,12 +71,15 @@ impl Drop for Closing<'_> {
 }
 
 impl Crew {
+    /// By the caller, and inside the door.
     fn work(&self) {
+        // SAFETY: `share` has borrowed it, and `Closing` lets that end, also by a panic, only when nobody is inside any more and nobody can come in.
+        let work = unsafe { &*self.work };
         // Relaxed: hands out numbers; what the work wrote is seen through the door's lock.
         while let unit = self.next.fetch_add(1, Ordering::Relaxed)
             && unit < self.units
         {
-            (self.work)(unit);
+            work(unit);
         }
     }
 
