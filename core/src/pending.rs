@@ -206,7 +206,7 @@ impl<D: Device> Pending<D> {
         self.flight.as_ref().map_or(Some(Outcome::Done), |flight| flight.outcome())
     }
 
-    /// Why not all that was [declared](Lease::declare_written) is in the program's memory, although the work is over: the memory changed hands
+    /// Why not all that was [declared](crate::Lease::declare_written) is in the program's memory, although the work is over: the memory changed hands
     /// meanwhile. `None` while the work runs, and if all is well.
     #[must_use]
     pub fn fault(&self) -> Option<&DeviceError> {

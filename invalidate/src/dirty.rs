@@ -76,8 +76,9 @@ impl DirtyTracker {
     /// As [`new`](Self::new) for mappings that a [`Space`](crate::Space) watches. Where nobody does, everything counts as written; a registration
     /// of the tracker's own would stand in the way of one who watches them later.
     ///
-    /// A discarded huge page, or a whole page table of discarded pages, may go untold: the one who watches is told of it. Not to ask for what is
-    /// absent takes 0.6 to 0.7 of the time.
+    /// A discarded huge page, or a whole page table of discarded pages, may go untold: the one who watches is told of it. (Of what nobody is told, as
+    /// of a huge page that the kernel takes some time after `MADV_FREE` or that `UFFDIO_MOVE` takes, that depends on the kernel.) Not to ask for what
+    /// is absent takes 0.6 to 0.7 of the time.
     #[must_use]
     pub fn of_watched(range: HostRange) -> Self {
         Self::start(range, true)
