@@ -58,41 +58,49 @@ impl Member {
     }
 }
 
-/// Many targets over one mapping, one of them slow to be told, and one target beside them in the same shard.
-fn beside_many(test: &str, then: impl FnOnce(&Space, Shards, HostRange, &Line, &[Arc<Member>], &Member)) {
+/// Many targets over one mapping, one of them slow to be told, and one target beside them in the same shard. Tried again as long as `then` says that
+/// it came too late to see anything.
+fn beside_many(test: &str, then: impl Fn(&Space, Shards, HostRange, &Line, &[Arc<Member>], &Member) -> bool) {
     isolated(test, || {
         if let Err(error) = Stranger::new() {
             return skip(test, format_args!("no userfaultfd here: {error}"));
         }
         let space = Space::get(Duration::from_secs(10)).unwrap();
-        // The other one is a part of the same mapping, and so in the same shard; a page between them is nobody's.
-        let memory = Memory::new(MANY + 2);
-        let (many, other) = (memory.part(0, MANY), memory.part(MANY + 1, 1));
-        let line = Arc::new(Line::default());
-        let shards = {
-            let _held = Member::over(&space, &line, memory.0, 0, Shards::NONE, false);
-            let shards = space.watch(memory.0).unwrap().shards;
-            let beside = Member::over(&space, &line, other, 1, shards, false);
-            let targets: Vec<_> = (0..MANY)
-                .map(|at| Member::over(&space, &line, memory.part(at, 1), 2 + at as u64, shards, at == MANY / 2))
-                .collect();
-            space.remove(memory.0, 0);
-            std::thread::scope(|scope| {
-                scope.spawn(|| unmap(many));
-                wait_until("the one in the middle", || line.reached.load(Ordering::SeqCst));
-                then(&space, shards, other, &line, &targets, &beside);
-            });
-            all_told(&space);
-            assert!(targets.iter().all(|target| target.place() > 0), "everybody has been told in the end");
-            for at in 0..MANY {
-                space.remove(memory.part(at, 1), 2 + at as u64);
-            }
-            space.remove(other, 1);
-            shards
-        };
-        assert_eq!(shards.iter().count(), 1);
-        std::mem::forget(memory); // most of it is unmapped already
+        assert!((0..5).any(|_| one_beside_many(&space, &then)), "each of five times only when all had been told");
     });
+}
+
+fn one_beside_many(
+    space: &Space,
+    then: impl Fn(&Space, Shards, HostRange, &Line, &[Arc<Member>], &Member) -> bool,
+) -> bool {
+    // The other one is a part of the same mapping, and so in the same shard; a page between them is nobody's.
+    let memory = Memory::new(MANY + 2);
+    let (many, other) = (memory.part(0, MANY), memory.part(MANY + 1, 1));
+    let line = Arc::new(Line::default());
+    let _held = Member::over(space, &line, memory.0, 0, Shards::NONE, false);
+    let shards = space.watch(memory.0).unwrap().shards;
+    assert_eq!(shards.iter().count(), 1);
+    let beside = Member::over(space, &line, other, 1, shards, false);
+    let targets: Vec<_> = (0..MANY)
+        .map(|at| Member::over(space, &line, memory.part(at, 1), 2 + at as u64, shards, at == MANY / 2))
+        .collect();
+    space.remove(memory.0, 0);
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| unmap(many));
+        wait_until("the one in the middle", || line.reached.load(Ordering::SeqCst));
+        first.join().unwrap(); // it has been let go: whoever waits from here on is another
+    });
+    let seen = then(space, shards, other, &line, &targets, &beside);
+    all_told(space);
+    assert!(targets.iter().all(|target| target.place() > 0), "everybody has been told in the end");
+    for at in 0..MANY {
+        space.remove(memory.part(at, 1), 2 + at as u64);
+    }
+    space.remove(other, 1);
+    unmap(memory.part(MANY, 2));
+    std::mem::forget(memory); // all of it is unmapped
+    seen
 }
 
 #[test]
@@ -111,6 +119,7 @@ fn who_looks_at_other_memory_of_the_shard_does_not_wait_until_all_have_been_told
         assert!(open, "other memory of the shard");
         assert!(closed && !unnamed && beside, "what has not been told is not to be seen");
         assert_eq!(last, 0);
+        true
     });
 }
 
@@ -125,6 +134,8 @@ fn the_next_mutator_of_the_shard_does_not_wait_until_all_have_been_told() {
         });
         all_told(space);
         let (second, last) = (beside.place(), targets[MANY - 1].place());
-        assert!(0 < second && second < last, "the second was told as number {second}, the last of the many as {last}");
+        assert!(second > 0 && last > 0, "{second}, {last}");
+        // A mutator counts as waiting a moment before its message is there, and on a busy machine all may have been told by then.
+        second < last
     });
 }
