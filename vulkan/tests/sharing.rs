@@ -233,9 +233,12 @@ fn one_of_two_devices_over_the_same_memory_goes_and_the_other_goes_on() {
 fn nobody_is_put_on_pages_that_were_imported_before_they_were_discarded_or_before_it_was_registered() {
     let Some(fixture) = Fixture::new() else { return };
     let manager = manager(&fixture);
-    let memory = Memory::anonymous(4);
+    // All in one window: a block takes in no neighbour beyond its end.
+    let window = 2 << 20;
+    let memory = Memory::anonymous(4 + window / page_size());
     memory.fill();
-    let objects: Vec<_> = (0..4).map(|page| register(&manager, &memory, page, 1)).collect();
+    let first = (memory.range().start().next_multiple_of(window) - memory.range().start()) / page_size();
+    let objects: Vec<_> = (first..first + 4).map(|page| register(&manager, &memory, page, 1)).collect();
     drop(acquire_all(&manager, &objects));
     if !is_watched(&objects[0]) {
         return;
@@ -250,14 +253,14 @@ fn nobody_is_put_on_pages_that_were_imported_before_they_were_discarded_or_befor
         manager.device().allocations()
     };
     let before = allocations(4);
-    memory.discard(2);
+    memory.discard(first + 2);
     // A neighbour's new block takes in the page, whichever it is at that moment.
     manager.invalidate(objects[0].range()).unwrap();
-    let first = acquire_all(&manager, &objects[..1]);
+    let replaced = acquire_all(&manager, &objects[..1]);
     let lease = acquire_all(&manager, &objects);
     assert!(allocations(4) > before + 1, "object 2 is on a block that was made after its page had gone");
-    drop(first);
-    let (late, now) = (register(&manager, &memory, 0, 1), allocations(4));
+    drop(replaced);
+    let (late, now) = (register(&manager, &memory, first, 1), allocations(4));
     let own = manager.acquire_timeout(&[&late], GENEROUS).unwrap();
     assert_eq!(allocations(5), now + 1);
     drop((own, lease));
