@@ -28,8 +28,9 @@ impl Map {
         assert_eq!(found.len(), 1, "nobody splits this mapping");
         let mapping = found.pop().expect("there is one");
         assert_eq!(mapping.range, self.0);
+        // Not equal: other tests' mappings beside this one may become one with it, or go, at any time.
         assert!(mapping.whole.covers(self.0));
-        assert_eq!(mapping_at(self.0.start() + 1).unwrap().map(|m| m.whole), Some(mapping.whole));
+        assert!(mapping_at(self.0.start() + 1).unwrap().is_some_and(|found| found.whole.covers(self.0)));
         mapping
     }
 }
