@@ -65,7 +65,6 @@ pub(crate) struct Counters {
     pub(crate) retries: AtomicU64,
     pub(crate) second_looks: AtomicU64,
     pub(crate) faults: AtomicU64,
-    pub(crate) submits: AtomicU64,
     pub(crate) stale: AtomicU64,
     pub(crate) invalidated: AtomicU64,
     pub(crate) late: AtomicU64,

@@ -9,13 +9,15 @@
 
 use std::time::Instant;
 
-use pinfold_invalidate::sync::{AtomicBool, AtomicU32, Event, Ordering, fence, fence_after_rmw};
+use pinfold_invalidate::sync::{AtomicBool, AtomicU64, Event, Ordering, fence, fence_after_rmw};
 
 /// Two counts that only grow, the second of them the word that is slept on: so the end of a submit is one locked instruction, also of the last.
 #[derive(Debug, Default)]
 pub(crate) struct Flights {
-    begun: AtomicU32,
+    begun: AtomicU64,
     over: Event,
+    /// How many of those that are over the device was never given.
+    refused: AtomicU64,
     /// Set once, by the end.
     closing: AtomicBool,
 }
@@ -32,9 +34,26 @@ impl Flights {
         self.over.bump();
     }
 
+    /// In place of [`end`](Self::end) of a submit that the device was not given.
+    pub(crate) fn refuse(&self) {
+        self.refused.fetch_add(1, Ordering::Relaxed);
+        self.end();
+    }
+
     pub(crate) fn count(&self) -> u32 {
         let over = self.over.value(); // first: what is over had begun
-        self.begun.load(Ordering::Relaxed).wrapping_sub(over)
+        self.begun().wrapping_sub(over)
+    }
+
+    /// How many the device has been given since the manager was made; one that is being checked counts as well, until it is refused.
+    pub(crate) fn launched(&self) -> u64 {
+        let refused = self.refused.load(Ordering::Relaxed); // first, as above
+        self.begun.load(Ordering::Relaxed).saturating_sub(refused)
+    }
+
+    /// As `over` counts.
+    fn begun(&self) -> u32 {
+        self.begun.load(Ordering::Relaxed) as u32
     }
 
     /// No submit that begins now gets through. Those that have begun may.
@@ -51,7 +70,7 @@ impl Flights {
     pub(crate) fn wait_none(&self, deadline: Instant) -> bool {
         loop {
             let over = self.over.value();
-            if self.begun.load(Ordering::Relaxed) == over {
+            if self.begun() == over {
                 return true;
             }
             if !self.over.wait(over, Some(deadline)) {

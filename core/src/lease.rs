@@ -7,8 +7,8 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use pinfold_invalidate::{Cause, HostRange, in_bracket};
+use smallvec::SmallVec;
 
-use crate::engine::Engine;
 use crate::error::SubmitError;
 use crate::object::{Handle, Pin};
 use crate::pending::{Flight, Pending, Underway};
@@ -19,10 +19,13 @@ use crate::{Access, Device, Error, Generation, Path};
 
 /// Objects that were all valid when it was taken. Keeps what it names alive; does not keep it valid: [`submit`](Self::submit) checks that.
 pub struct Lease<D: Device> {
-    held: Vec<Held<D>>,
+    held: Helds<D>,
     /// What few leases have.
     extra: Option<Box<Extra>>,
 }
+
+/// The objects of a lease. Many have one, which needs no allocation.
+pub(crate) type Helds<D> = SmallVec<[Held<D>; 1]>;
 
 /// One object of a lease. Field order: the pages are let go of before the object.
 pub(crate) struct Held<D: Device> {
@@ -62,7 +65,7 @@ impl<D: Device> Deref for View<'_, D> {
 
 impl<D: Device> Lease<D> {
     pub(crate) fn with_capacity(objects: usize) -> Self {
-        Self { held: Vec::with_capacity(objects), extra: None }
+        Self { held: Helds::with_capacity(objects), extra: None }
     }
 
     pub(crate) fn add(&mut self, handle: Handle<D>, noted: Snapshot, pin: Arc<Pin<D>>) {
@@ -173,73 +176,84 @@ impl<D: Device> Lease<D> {
     /// 2. The work accesses the objects only through the views of this lease, and only for reading where the object was registered so.
     /// 3. Where the device writes, no Rust reference to the bytes exists until the returned [`Pending`] is over.
     pub unsafe fn submit<E>(
-        mut self,
+        self,
         signals: impl IntoIterator<Item: Into<D::Signal>>,
         submit: impl FnOnce() -> Result<(), E>,
     ) -> Result<Pending<D>, SubmitError<D, E>> {
-        let Some(engine) = self.held.first().map(|held| Arc::clone(&held.handle.object.engine)) else {
-            return self.submit_nothing(submit);
-        };
+        let Self { held, extra } = self;
         // Counted first: the manager's end either waits for this submit, or is seen by it.
-        let underway = Underway::begin(engine);
-        let engine = underway.engine();
-        engine.check().map_err(SubmitError::Gone)?;
+        let Some(mut underway) = Underway::begin(held) else {
+            return Self::submit_nothing(extra, submit);
+        };
+        underway.engine().check().map_err(SubmitError::Gone)?;
         if in_bracket() {
             return Err(SubmitError::Gone(Error::Nested));
         }
-        self.inject(engine);
+        underway.inject();
         // Before the uses begin, so that a hold-off that gives up on them knows whose they are.
-        self.held.iter_mut().for_each(|held| held.handle.begin_submit());
-        let uses = match self.reserve(engine) {
+        underway.held_mut().iter_mut().for_each(|held| held.handle.begin_submit());
+        let uses = match underway.reserve() {
             Ok(uses) => uses,
-            Err(None) => {
-                self.refuse();
-                return Err(SubmitError::Again(self));
-            }
+            Err(None) => return Err(SubmitError::Again(Self { held: underway.refuse(), extra })),
             Err(Some(index)) => {
-                self.refuse();
-                let object = &self.held[index].handle.object;
-                engine.counters.stale.fetch_add(1, Ordering::Relaxed);
-                return Err(SubmitError::Stale { index, range: object.range });
+                underway.engine().counters.stale.fetch_add(1, Ordering::Relaxed);
+                let range = underway.held()[index].handle.object.range;
+                underway.refuse();
+                return Err(SubmitError::Stale { index, range });
             }
         };
-        let writes = self.extra.as_ref().map(|extra| Writes::expect(&self.held, &extra.written));
+        let writes = extra.as_ref().map(|extra| Writes::expect(underway.held(), &extra.written));
         // Only now: no driver call inside the gates.
         let result = catch_unwind(AssertUnwindSafe(submit));
+        let engine = underway.engine();
         if let Ok(Err(error)) = result {
             writes.inspect(|writes| writes.forget(engine));
             uses.end(&*engine.space);
-            self.refuse();
-            return Err(SubmitError::Rejected { error, lease: self });
+            return Err(SubmitError::Rejected { error, lease: Self { held: underway.refuse(), extra } });
         }
         // After a panic nobody knows, and what is recorded once more does no harm.
         if result.is_ok()
-            && let Some(extra) = &self.extra
+            && let Some(extra) = &extra
         {
             for &(index, mark) in &extra.recorded {
-                engine.device().uploaded(self.held[index].pin.import(), mark);
+                engine.device().uploaded(underway.held()[index].pin.import(), mark);
             }
         }
-        let pending = Flight::launch(underway, self.held, uses, writes, signals);
+        let pending = Flight::launch(underway, uses, writes, signals);
         match result {
             Ok(_) => Ok(pending),
             Err(panic) => resume_unwind(panic),
         }
     }
 
-    fn refuse(&mut self) {
-        self.held.iter_mut().for_each(|held| held.handle.refuse_submit());
+    fn submit_nothing<E>(
+        extra: Option<Box<Extra>>,
+        submit: impl FnOnce() -> Result<(), E>,
+    ) -> Result<Pending<D>, SubmitError<D, E>> {
+        match submit() {
+            Ok(()) => Ok(Pending::of_nothing()),
+            Err(error) => Err(SubmitError::Rejected { error, lease: Self { held: Helds::new(), extra } }),
+        }
+    }
+}
+
+impl<D: Device> Underway<D> {
+    /// Nothing is submitted after all, and no object is used.
+    fn refuse(mut self) -> Helds<D> {
+        self.held_mut().iter_mut().for_each(|held| held.handle.refuse_submit());
+        self.call_off()
     }
 
     /// Invalidates one object of every so manieth submit, each in its turn, if the engine's tests ask for that.
-    fn inject(&self, engine: &Engine<D>) {
+    fn inject(&self) {
+        let engine = self.engine();
         let every = u64::from(engine.inject.load(Ordering::Relaxed));
         if every == 0 {
             return;
         }
         let number = engine.counters.tries.fetch_add(1, Ordering::Relaxed) + 1;
         if number.is_multiple_of(every) {
-            let object = &self.held[(number / every) as usize % self.held.len()].handle.object;
+            let object = &self.held()[(number / every) as usize % self.held().len()].handle.object;
             engine.counters.injected.fetch_add(1, Ordering::Relaxed);
             // Refused in a bracket or a forked child only, and the submit is neither.
             let _ = engine.space.invalidate(object.range, Cause::Injected);
@@ -247,9 +261,9 @@ impl<D: Device> Lease<D> {
     }
 
     /// `Err(Some(index))`: that object is stale. `Err(None)`: a gate stayed closed.
-    fn reserve(&self, engine: &Engine<D>) -> Result<Uses, Option<usize>> {
-        let mut deadline = None;
-        let leases = self.held.iter().map(|held| (&held.handle.object.word, held.noted, held.handle.object.range));
+    fn reserve(&self) -> Result<Uses, Option<usize>> {
+        let (engine, mut deadline) = (self.engine(), None);
+        let leases = self.held().iter().map(|held| (&held.handle.object.word, held.noted, held.handle.object.range));
         loop {
             match protocol::reserve(&*engine.space, leases.clone()) {
                 Ok(uses) => return Ok(uses),
@@ -261,13 +275,6 @@ impl<D: Device> Lease<D> {
                     }
                 }
             }
-        }
-    }
-
-    fn submit_nothing<E>(self, submit: impl FnOnce() -> Result<(), E>) -> Result<Pending<D>, SubmitError<D, E>> {
-        match submit() {
-            Ok(()) => Ok(Pending::of_nothing()),
-            Err(error) => Err(SubmitError::Rejected { error, lease: self }),
         }
     }
 }

@@ -15,6 +15,7 @@ mod config;
 mod device;
 mod discard;
 pub mod dmabuf;
+mod ending;
 mod engine;
 mod error;
 #[cfg(not(loom))]

@@ -309,7 +309,7 @@ impl<D: Device> Manager<D> {
             retries: get(&counters.retries),
             second_looks: get(&counters.second_looks),
             faults: get(&counters.faults),
-            submits: get(&counters.submits),
+            submits: engine.flights.launched(),
             stale: get(&counters.stale),
             invalidated: get(&counters.invalidated),
             late: get(&counters.late),

@@ -95,7 +95,8 @@ pub(crate) struct Taken<D: Device> {
 /// What keeps an object open: engine handles, leases, and work under way.
 pub(crate) struct Handle<D: Device> {
     pub(crate) object: Arc<Object<D>>,
-    hold: Hold,
+    /// `None` when it has been let go of.
+    hold: Option<Hold>,
 }
 
 impl<D: Device> Object<D> {
@@ -288,43 +289,51 @@ impl<D: Device> Drop for Pin<D> {
 impl<D: Device> Handle<D> {
     /// One more handle; `None` if the last is gone, or the object closed by the manager.
     pub(crate) fn of(object: Arc<Object<D>>) -> Option<Self> {
-        object.holds.try_add().then(|| Self { object, hold: Hold::Handle })
+        object.holds.try_add().then(|| Self { object, hold: Some(Hold::Handle) })
     }
 
     /// The first handle of a new object.
     pub(crate) fn first(object: Arc<Object<D>>) -> Self {
         object.holds.open();
-        Self { object, hold: Hold::Handle }
+        Self { object, hold: Some(Hold::Handle) }
     }
 
     /// Counts a submit as well, until it is [refused](Self::refuse_submit), or is over and this is dropped.
     pub(crate) fn begin_submit(&mut self) {
         self.object.holds.begin_submit();
-        self.hold = Hold::Submit;
+        self.hold = Some(Hold::Submit);
     }
 
     /// Takes [`begin_submit`](Self::begin_submit) back.
     pub(crate) fn refuse_submit(&mut self) {
         self.object.holds.refuse_submit();
-        self.hold = Hold::Handle;
+        self.hold = Some(Hold::Handle);
     }
 }
 
 impl<D: Device> Clone for Handle<D> {
     fn clone(&self) -> Self {
         self.object.holds.add();
-        Self { object: Arc::clone(&self.object), hold: Hold::Handle }
+        Self { object: Arc::clone(&self.object), hold: Some(Hold::Handle) }
     }
 }
 
-impl<D: Device> Drop for Handle<D> {
-    fn drop(&mut self) {
-        let left = self.object.holds.let_go(self.hold);
+impl<D: Device> Handle<D> {
+    /// What dropping it does, but that the object's memory, and with it the engine's, is still there. Only once, and then nothing keeps the object open.
+    pub(crate) fn let_go(&mut self) {
+        let Some(hold) = self.hold.take() else { return };
+        let left = self.object.holds.let_go(hold);
         if left.retired {
             self.object.engine.note(&self.object, What::Retired);
         }
         if left.nothing && !self.object.engine.space.is_forked() {
             self.object.close();
         }
+    }
+}
+
+impl<D: Device> Drop for Handle<D> {
+    fn drop(&mut self) {
+        self.let_go();
     }
 }

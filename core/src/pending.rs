@@ -8,17 +8,17 @@
 //! **Protocol.** Each signal takes itself off a count. Whoever takes the last one brings results back and ends the uses; what may free, or tell
 //! somebody, is left to [`Retire::finish`], which follows when the mutators have been let go.
 
+use std::cell::UnsafeCell;
 use std::future::Future;
 use std::pin::Pin as StdPin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use pinfold_invalidate::sync::Event;
-
+use crate::ending::Ending;
 use crate::engine::Engine;
-use crate::lease::Held;
+use crate::lease::{Held, Helds};
 use crate::notes::What;
 use crate::protocol::Uses;
 use crate::ticket::Retire;
@@ -33,85 +33,115 @@ pub(crate) struct Flight<D: Device> {
     lost: AtomicBool,
     /// A hold-off has given up on it.
     late: AtomicBool,
-    over: Event,
-    /// Taken by the last signal, and emptied by retirement. Nothing else happens under the lock. `None`: nothing is to be brought back.
-    writes: Option<Mutex<Writes<D>>>,
-    /// Why results are not in the program's memory.
-    fault: OnceLock<DeviceError>,
-    rest: Mutex<Rest<D>>,
-    underway: Underway<D>,
+    ending: Ending,
+    /// `None`: nothing is to be brought back.
+    writes: Option<Box<Writes<D>>>,
+    underway: UntilLast<Underway<D>>,
 }
 
 /// More than any submit has signals: none of them is the last until all are followed.
 const FOLLOWING: u32 = 1 << 31;
 
-/// A submit that the manager's end waits for, until it is [over](Self::over), or this is dropped.
+/// What all who hold back the end of a flight may look at, and the last of them takes.
+struct UntilLast<T>(UnsafeCell<T>);
+
+// SAFETY: `get` shares the value between threads and `get_mut` hands it to another one, which is what `T` allows.
+unsafe impl<T: Send + Sync> Sync for UntilLast<T> {}
+
+impl<T> UntilLast<T> {
+    /// # Safety
+    /// As long as the reference lives, the caller holds back the end: he is counted in [`Flight::left`].
+    unsafe fn get(&self) -> &T {
+        // SAFETY: a mutable reference is only made by who has found nobody left to hold back the end.
+        unsafe { &*self.0.get() }
+    }
+
+    /// # Safety
+    /// The caller has taken the last one off [`Flight::left`], or has been handed the end by him, and there is no other reference made by him.
+    #[expect(clippy::mut_from_ref, reason = "that there is one only is the contract")]
+    unsafe fn get_mut(&self) -> &mut T {
+        // SAFETY: those who had references have given them up before they took themselves off the count, and the caller has seen that (AcqRel).
+        unsafe { &mut *self.0.get() }
+    }
+}
+
+/// A submit that the manager's end waits for, and the objects that its commands name. Over when it is dropped, with these let go of before.
+///
+/// # Invariants
+/// `held` is empty only when it is over.
 pub(crate) struct Underway<D: Device> {
-    engine: Arc<Engine<D>>,
-    is_over: AtomicBool,
+    held: Helds<D>,
+    /// The device has been given the work.
+    is_launched: bool,
 }
 
 impl<D: Device> Underway<D> {
-    pub(crate) fn begin(engine: Arc<Engine<D>>) -> Self {
-        engine.flights.begin();
-        Self { engine, is_over: AtomicBool::new(false) }
+    /// `None` if there are no objects.
+    pub(crate) fn begin(held: Helds<D>) -> Option<Self> {
+        held.first()?.handle.object.engine.flights.begin();
+        Some(Self { held, is_launched: false })
     }
 
+    /// The manager's. Kept by the objects, so that a submit counts nothing up and down for it.
+    #[inline]
     pub(crate) fn engine(&self) -> &Arc<Engine<D>> {
-        &self.engine
+        &self.held[0].handle.object.engine
     }
 
-    /// Called once. Whoever keeps this keeps the engine, and waits for nothing.
-    fn over(&self) {
-        self.is_over.store(true, Ordering::Relaxed); // read by drop, which has it alone
-        self.engine.flights.end();
+    pub(crate) fn held(&self) -> &[Held<D>] {
+        &self.held
+    }
+
+    pub(crate) fn held_mut(&mut self) -> &mut [Held<D>] {
+        &mut self.held
+    }
+
+    /// Nothing is submitted, and the objects go back to the lease.
+    pub(crate) fn call_off(mut self) -> Helds<D> {
+        self.engine().flights.refuse();
+        std::mem::take(&mut self.held)
     }
 }
 
 impl<D: Device> Drop for Underway<D> {
     fn drop(&mut self) {
-        if !*self.is_over.get_mut() {
-            self.over();
-        }
+        self.held.truncate(1);
+        let Some(Held { pin, mut handle, .. }) = self.held.pop() else { return };
+        drop(pin);
+        handle.let_go();
+        // Behind all that the device may be asked for, and before the engine itself is let go of.
+        let flights = &handle.object.engine.flights;
+        if self.is_launched { flights.end() } else { flights.refuse() }
     }
-}
-
-struct Rest<D: Device> {
-    /// What the commands name. Emptied by retirement.
-    held: Vec<Held<D>>,
-    outcome: Option<Outcome>,
-    wakers: Vec<Waker>,
 }
 
 impl<D: Device> Flight<D> {
     pub(crate) fn launch(
-        underway: Underway<D>,
-        held: Vec<Held<D>>,
+        mut underway: Underway<D>,
         uses: Uses,
         writes: Option<Writes<D>>,
         signals: impl IntoIterator<Item: Into<D::Signal>>,
     ) -> Pending<D> {
+        underway.is_launched = true;
         let engine = underway.engine();
         if engine.notes.is_watched() {
-            held.iter().for_each(|held| engine.note(&held.handle.object, What::Submitted));
+            underway.held.iter().for_each(|held| engine.note(&held.handle.object, What::Submitted));
         }
-        engine.counters.submits.fetch_add(1, Ordering::Relaxed);
-        let rest = Rest { held, outcome: None, wakers: Vec::new() };
         let flight = Arc::new(Self {
             uses,
             left: AtomicU32::new(FOLLOWING),
             lost: AtomicBool::new(false),
             late: AtomicBool::new(false),
-            over: Event::new(),
-            writes: writes.filter(|writes| !writes.is_empty()).map(Mutex::new),
-            fault: OnceLock::new(),
-            rest: Mutex::new(rest),
-            underway,
+            ending: Ending::default(),
+            writes: writes.filter(|writes| !writes.is_empty()).map(Box::new),
+            underway: UntilLast(UnsafeCell::new(underway)),
         });
         let mut count = 0;
         for signal in signals {
             count += 1;
-            flight.engine().device().follow(signal.into(), Ticket::new(Arc::clone(&flight) as Arc<dyn Retire>));
+            let ticket = Ticket::new(Arc::clone(&flight) as Arc<dyn Retire>);
+            // SAFETY: `FOLLOWING` is taken off behind this loop.
+            unsafe { flight.underway.get() }.engine().device().follow(signal.into(), ticket);
         }
         if flight.signal(FOLLOWING - count) {
             flight.finish();
@@ -119,31 +149,21 @@ impl<D: Device> Flight<D> {
         Pending { flight: Some(flight) }
     }
 
-    fn engine(&self) -> &Arc<Engine<D>> {
-        self.underway.engine()
-    }
-
-    fn writes(&self) -> Option<MutexGuard<'_, Writes<D>>> {
-        self.writes.as_ref().map(|writes| writes.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    fn outcome(&self) -> Option<Outcome> {
-        self.rest.lock().unwrap_or_else(PoisonError::into_inner).outcome
-    }
-
-    /// So many signals have come; true if the last was among them. Ends the uses then.
+    /// So many signals have come; true if the last was among them, and then the caller owes the flight its [`finish`](Retire::finish). Ends the
+    /// uses then.
     fn signal(&self, count: u32) -> bool {
         // AcqRel: the last signal sees what the others left.
         if self.left.fetch_sub(count, Ordering::AcqRel) != count {
             return false;
         }
+        // SAFETY: we have taken off the last, and nobody else has been handed the end yet.
+        let engine = unsafe { self.underway.get_mut() }.engine();
         if !self.lost.load(Ordering::Relaxed)
-            && let Some(writes) = self.writes()
-            && let Err(fault) = writes.bring_back(self.engine())
+            && let Some(writes) = &self.writes
         {
-            let _ = self.fault.set(fault); // nobody else sets it
+            writes.bring_back(engine);
         }
-        self.late.store(self.uses.end(&*self.engine().space), Ordering::Relaxed);
+        self.late.store(self.uses.end(&*engine.space), Ordering::Relaxed);
         true
     }
 }
@@ -158,17 +178,15 @@ impl<D: Device> Retire for Flight<D> {
 
     fn finish(&self) {
         let outcome = if self.lost.load(Ordering::Relaxed) { Outcome::Lost } else { Outcome::Done };
-        let (held, wakers) = {
-            let mut rest = self.rest.lock().unwrap_or_else(PoisonError::into_inner);
-            rest.outcome = Some(outcome);
-            (std::mem::take(&mut rest.held), std::mem::take(&mut rest.wakers))
-        };
-        let writes = self.writes().map(|mut writes| writes.take());
-        if let Some(writes) = writes {
-            writes.forget(self.engine());
+        let over = Underway { held: Helds::new(), is_launched: true };
+        // SAFETY: whoever took off the last has handed us the end, once.
+        let underway = std::mem::replace(unsafe { self.underway.get_mut() }, over);
+        let engine = underway.engine();
+        if let Some(writes) = &self.writes {
+            writes.forget(engine);
         }
-        let (late, now) = (self.late.load(Ordering::Relaxed), self.engine().counters.acquires.load(Ordering::Relaxed));
-        for held in held {
+        let (late, now) = (self.late.load(Ordering::Relaxed), engine.counters.acquires.load(Ordering::Relaxed));
+        for held in underway.held() {
             let object = &held.handle.object;
             if late {
                 // The monitor may be about to say so, and must not find the object idle instead.
@@ -178,13 +196,12 @@ impl<D: Device> Retire for Flight<D> {
             if object.last_used.load(Ordering::Relaxed) < now {
                 object.last_used.fetch_max(now, Ordering::Relaxed);
             }
-            drop(held); // the handle counts the submit until then
         }
-        self.underway.over();
-        self.over.bump();
-        wakers.into_iter().for_each(Waker::wake);
-        if outcome == Outcome::Lost && self.engine().device().is_lost() {
-            self.engine().lose();
+        let lost = (outcome == Outcome::Lost && engine.device().is_lost()).then(|| Arc::clone(engine));
+        drop(underway);
+        self.ending.end(outcome);
+        if let Some(engine) = lost {
+            engine.lose();
         }
     }
 }
@@ -203,14 +220,14 @@ impl<D: Device> Pending<D> {
     /// How the work ended; `None` while it runs.
     #[must_use]
     pub fn poll(&self) -> Option<Outcome> {
-        self.flight.as_ref().map_or(Some(Outcome::Done), |flight| flight.outcome())
+        self.flight.as_ref().map_or(Some(Outcome::Done), |flight| flight.ending.get())
     }
 
     /// Why not all that was [declared](crate::Lease::declare_written) is in the program's memory, although the work is over: the memory changed hands
     /// meanwhile. `None` while the work runs, and if all is well.
     #[must_use]
     pub fn fault(&self) -> Option<&DeviceError> {
-        self.flight.as_ref()?.fault.get()
+        self.flight.as_ref()?.writes.as_ref()?.fault()
     }
 
     /// Waits until the work is over. `None`: not within `limit`.
@@ -218,17 +235,8 @@ impl<D: Device> Pending<D> {
     /// What the device wrote is visible to the program if the work ended with a barrier to the host (`VK_ACCESS_HOST_READ_BIT`).
     #[must_use]
     pub fn wait(&self, limit: Duration) -> Option<Outcome> {
-        let deadline = Instant::now() + limit;
         let Some(flight) = &self.flight else { return Some(Outcome::Done) };
-        loop {
-            let seen = flight.over.value();
-            if let Some(outcome) = flight.outcome() {
-                return Some(outcome);
-            }
-            if !flight.over.wait(seen, Some(deadline)) {
-                return flight.outcome();
-            }
-        }
+        flight.ending.wait(Some(Instant::now() + limit))
     }
 }
 
@@ -236,15 +244,7 @@ impl<D: Device> Future for Pending<D> {
     type Output = Outcome;
 
     fn poll(self: StdPin<&mut Self>, context: &mut Context<'_>) -> Poll<Outcome> {
-        let Some(flight) = &self.flight else { return Poll::Ready(Outcome::Done) };
-        let mut rest = flight.rest.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(outcome) = rest.outcome {
-            return Poll::Ready(outcome);
-        }
-        if !rest.wakers.iter().any(|waker| waker.will_wake(context.waker())) {
-            rest.wakers.push(context.waker().clone());
-        }
-        Poll::Pending
+        self.flight.as_ref().map_or(Poll::Ready(Outcome::Done), |flight| flight.ending.poll(context))
     }
 }
 

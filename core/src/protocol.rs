@@ -100,11 +100,9 @@ pub fn reserve<'a, G: Gates + ?Sized>(
             return Err(Refusal::Stale(index));
         }
     }
-    // Counted before the visits end: a closer that waits for us to leave finds the use.
+    // Counted as the visits end: a closer that waits for us to leave finds the use.
     let mut uses = Uses { shards, eras: [Era::default(); SHARDS] };
-    for shard in shards.iter() {
-        uses.eras[shard] = inside[shard].as_ref().expect("each of its gates has been entered").begin();
-    }
+    inside.begin(&mut uses.eras);
     Ok(uses)
 }
 
@@ -116,17 +114,39 @@ impl Uses {
     }
 }
 
-/// Visits in ascending order of shards, also where something is untold. All or none.
+/// Visits of the gates of several shards; they end when it is dropped. Nearly always it is one, so there is no list of them.
+struct Inside<'a, G: Gates + ?Sized> {
+    gates: &'a G,
+    entered: Shards,
+}
+
+/// Enters in ascending order of shards, also where something is untold. All or none.
 #[inline]
-fn enter<G: Gates + ?Sized>(gates: &G, shards: Shards) -> Result<[Option<Visit<'_>>; SHARDS], Refusal> {
-    let mut inside = [const { None }; SHARDS];
+fn enter<G: Gates + ?Sized>(gates: &G, shards: Shards) -> Result<Inside<'_, G>, Refusal> {
+    let mut inside = Inside { gates, entered: Shards::NONE };
     for shard in shards.iter() {
         let gate = gates.gate(shard);
         let epoch = gate.epoch(); // before the gate, or the opening we would wait for may have been
-        match gate.try_enter_beside() {
-            Some(visit) => inside[shard] = Some(visit),
-            None => return Err(Refusal::Closed { shard, epoch }),
-        }
+        let Some(visit) = gate.try_enter_beside() else { return Err(Refusal::Closed { shard, epoch }) };
+        visit.pause();
+        inside.entered = inside.entered.union(Shards::one(shard));
     }
     Ok(inside)
+}
+
+impl<G: Gates + ?Sized> Inside<'_, G> {
+    /// Ends each visit with the beginning of a use.
+    #[inline]
+    fn begin(mut self, eras: &mut [Era; SHARDS]) {
+        for shard in std::mem::replace(&mut self.entered, Shards::NONE).iter() {
+            eras[shard] = Visit::resume(self.gates.gate(shard)).begin();
+        }
+    }
+}
+
+impl<G: Gates + ?Sized> Drop for Inside<'_, G> {
+    #[inline]
+    fn drop(&mut self) {
+        self.entered.iter().for_each(|shard| drop(Visit::resume(self.gates.gate(shard))));
+    }
 }

@@ -9,7 +9,7 @@
 //! program's. The last signal brings the bytes back, then ends the uses, so a mutator that waits for these can't go on in between.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use pinfold_invalidate::{Coverage, HostRange, still_watched};
 
@@ -20,7 +20,12 @@ use crate::state::Snapshot;
 use crate::{Device, DeviceError, Path};
 
 /// What the work of one submit writes to mirrors, to be brought back when it is over.
-pub(crate) struct Writes<D: Device>(Vec<Write<D>>);
+pub(crate) struct Writes<D: Device> {
+    /// Emptied by retirement. Locked by the last signal only, and nothing else happens under the lock.
+    all: Mutex<Vec<Write<D>>>,
+    /// Why results are not in the program's memory.
+    fault: OnceLock<DeviceError>,
+}
 
 struct Write<D: Device> {
     pin: Arc<Pin<D>>,
@@ -42,29 +47,35 @@ impl<D: Device> Writes<D> {
         for write in &writes {
             write.handle.object.engine.device().expect_writes(write.pin.import(), &write.written);
         }
-        Self(writes)
+        Self { all: Mutex::new(writes), fault: OnceLock::new() }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.all().is_empty()
     }
 
-    /// What there is, of which nothing is left.
-    pub(crate) fn take(&mut self) -> Self {
-        Self(std::mem::take(&mut self.0))
-    }
-
+    /// The device need not expect them any more, and what they keep is let go of.
     pub(crate) fn forget(&self, engine: &Engine<D>) {
-        self.0.iter().for_each(|write| engine.device().forget_writes(write.pin.import(), &write.written));
+        let all = std::mem::take(&mut *self.all());
+        all.iter().for_each(|write| engine.device().forget_writes(write.pin.import(), &write.written));
     }
 
     /// While the uses still count, so that a mutator that waits for them can't go on before the results are where they belong.
-    pub(crate) fn bring_back(&self, engine: &Engine<D>) -> Result<(), DeviceError> {
-        let mut all = Ok(());
-        for write in &self.0 {
-            all = all.and(write.bring_back(engine)); // every one, and the first error
+    pub(crate) fn bring_back(&self, engine: &Engine<D>) {
+        for write in &*self.all() {
+            if let Err(fault) = write.bring_back(engine) {
+                let _ = self.fault.set(fault); // every one is tried, and the first fault kept
+            }
         }
-        all
+    }
+
+    /// Why results are not in the program's memory.
+    pub(crate) fn fault(&self) -> Option<&DeviceError> {
+        self.fault.get()
+    }
+
+    fn all(&self) -> MutexGuard<'_, Vec<Write<D>>> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

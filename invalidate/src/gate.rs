@@ -14,10 +14,11 @@
 //! | `users + 1` | `closed + 1` |
 //! | *fence* | *fence* |
 //! | `closed` is 0? and the object's word is unchanged? | `users` is 0? then `inflight` is 0? |
-//! | yes: `inflight + 1` | yes: events may be read, words changed |
-//! | `users - 1`, *fence*, closed? → wake the closer | `closed - 1`, `epoch + 1`, wake everybody |
+//! | yes: `inflight + 1` and `users - 1`, no: `users - 1` | yes: events may be read, words changed |
+//! | *fence*, closed? → wake the closer | `closed - 1`, `epoch + 1`, wake everybody |
 //!
-//! Either the submitter sees the gate closed and goes away, or the closer sees the user, waits for it to leave, and then sees its `inflight`.
+//! Either the submitter sees the gate closed and goes away, or the closer sees the user, waits for it to leave, and then sees its `inflight`. Both
+//! counts are in one word, so that a use begins with the same locked instruction that ends its visit.
 //! The third fence, before the decision to wake, is the same pattern once more: *decrement, then look at `closed`* against *close, then look at
 //! the count*. Without it both sides can miss each other and the closer sleeps for ever.
 //!
@@ -44,9 +45,8 @@ use crate::sync::{AtomicU32, AtomicU64, Futex, Ordering, fence, fence_after_rmw}
 pub struct Gate {
     /// How many closers hold the gate closed. Written by closers only, by read-modify-write.
     closed: AtomicU32,
-    /// Threads between [`try_enter`](Self::try_enter) and leaving. Written by them.
-    users: AtomicU32,
-    /// Era in the upper half, uses under way in the lower. Written inside `users`, by retirement, and by [`give_up`](Self::give_up).
+    /// From above: the [era](ERA), the [users](USER), which are the threads between [`try_enter`](Self::try_enter) and leaving, and the uses under
+    /// way. Written by visitors, by retirement, and by [`give_up`](Self::give_up).
     flight: AtomicU64,
     /// Uses given up on. Written by `give_up` and by retirement.
     late: AtomicU32,
@@ -59,7 +59,11 @@ pub struct Gate {
     fell: Futex,
 }
 
-const COUNT: u64 = 0xffff_ffff;
+// Of `flight`. 16 million uses under way and a million threads inside one shard are more than there can be; eras come back after a million
+// give-ups, each of which has waited for a deadline.
+const USE: u64 = 1;
+const USER: u64 = 1 << 24;
+const ERA: u64 = 1 << 44;
 
 /// The era a use began in; needed to end it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -89,9 +93,9 @@ impl Gate {
     /// whose words it reads, before it reads them.
     #[inline]
     pub fn try_enter_beside(&self) -> Option<Visit<'_>> {
-        self.users.fetch_add(1, Ordering::Relaxed);
+        self.flight.fetch_add(USER, Ordering::Relaxed);
         let visit = Visit { gate: self }; // leaves on every path
-        fence_after_rmw(); // between our store to `users` and our load of `closed`; partner: `close`
+        fence_after_rmw(); // between our store to the users and our load of `closed`; partner: `close`
         self.is_unheld().then_some(visit)
     }
 
@@ -176,7 +180,7 @@ impl Gate {
                 break &self.late;
             }
             // Release: pairs with the Acquire in `is_quiet`; who sees the count fall sees that the use is over.
-            match self.flight.compare_exchange_weak(now, now - 1, Ordering::Release, Ordering::Relaxed) {
+            match self.flight.compare_exchange_weak(now, now - USE, Ordering::Release, Ordering::Relaxed) {
                 Ok(_) => {
                     self.wake_closers();
                     return false;
@@ -191,7 +195,7 @@ impl Gate {
 
     /// Uses under way that hold-offs wait for.
     pub fn inflight(&self) -> u32 {
-        count_of(self.flight.load(Ordering::Relaxed))
+        uses_of(self.flight.load(Ordering::Relaxed))
     }
 
     /// Uses that outlived a deadline and have not ended yet.
@@ -237,8 +241,8 @@ impl Gate {
 
     /// Waits, with the gate closed, until nobody is inside. Returns false when the deadline has passed first.
     pub fn wait_users(&self, deadline: Option<Instant>) -> bool {
-        // Acquire: pairs with the Release in `Visit::drop`; who sees the visitor gone sees its `begin`.
-        self.wait_fallen(deadline, || self.users.load(Ordering::Acquire) == 0)
+        // Acquire: pairs with the Release in `Visit::leave`; who sees the visitor gone sees what it did.
+        self.wait_fallen(deadline, || users_of(self.flight.load(Ordering::Acquire)) == 0)
     }
 
     /// Waits, with the gate closed and nobody inside, until no use is under way. Returns false when the deadline has passed first.
@@ -250,13 +254,13 @@ impl Gate {
     pub fn give_up(&self) -> u32 {
         let mut now = self.flight.load(Ordering::Relaxed);
         loop {
-            let count = count_of(now);
+            let count = uses_of(now);
             if count == 0 {
                 return 0;
             }
             // First counted as late, then taken out: `is_drained` may count a use twice for a moment, but never not at all.
             self.late.fetch_add(count, Ordering::Relaxed);
-            let next = u64::from(era_of(now).0.wrapping_add(1)) << 32;
+            let next = now.wrapping_add(ERA) - u64::from(count); // the era is uppermost, and wraps
             match self.flight.compare_exchange(now, next, Ordering::Release, Ordering::Relaxed) {
                 Ok(_) => return count,
                 Err(seen) => {
@@ -277,7 +281,7 @@ impl Gate {
     }
 
     fn is_quiet(&self) -> bool {
-        count_of(self.flight.load(Ordering::Acquire)) == 0
+        uses_of(self.flight.load(Ordering::Acquire)) == 0
     }
 
     fn is_drained(&self) -> bool {
@@ -306,31 +310,54 @@ impl Gate {
     }
 }
 
-impl Visit<'_> {
-    /// Begins a use. It counts before this visit is over, so no closer can miss it.
+impl<'a> Visit<'a> {
+    /// Ends the visit and begins a use, in one step, so that no closer can miss it.
     #[inline]
-    pub fn begin(&self) -> Era {
-        // Relaxed: published to closers by the Release with which the visit ends.
-        era_of(self.gate.flight.fetch_add(1, Ordering::Relaxed))
+    pub fn begin(self) -> Era {
+        std::mem::ManuallyDrop::new(self).leave(USER - USE)
+    }
+
+    /// Goes on until it is [resumed](Self::resume).
+    #[inline]
+    pub fn pause(self) {
+        std::mem::forget(self);
+    }
+
+    /// A visit of this gate that was [paused](Self::pause), once for each pause.
+    #[inline]
+    pub fn resume(gate: &'a Gate) -> Self {
+        Self { gate }
+    }
+
+    #[inline]
+    fn leave(&self, less: u64) -> Era {
+        // Release: pairs with the Acquire in `wait_users`.
+        let before = self.gate.flight.fetch_sub(less, Ordering::Release);
+        self.gate.wake_closers();
+        era_of(before)
     }
 }
 
 impl Drop for Visit<'_> {
     #[inline]
     fn drop(&mut self) {
-        // Release: pairs with the Acquire in `wait_users`.
-        self.gate.users.fetch_sub(1, Ordering::Release);
-        self.gate.wake_closers();
+        self.leave(USER);
     }
 }
 
 #[inline]
 fn era_of(flight: u64) -> Era {
-    Era((flight >> 32) as u32)
+    Era((flight / ERA) as u32)
 }
 
-fn count_of(flight: u64) -> u32 {
-    (flight & COUNT) as u32
+#[inline]
+fn users_of(flight: u64) -> u32 {
+    (flight % ERA / USER) as u32
+}
+
+#[inline]
+fn uses_of(flight: u64) -> u32 {
+    (flight % USER) as u32
 }
 
 #[cfg(all(test, not(loom)))]
@@ -362,7 +389,6 @@ mod tests {
         gate.close();
         assert!(!gate.wait_users(passed()));
         let era = visit.begin();
-        drop(visit);
         assert!(gate.wait_users(passed()));
         assert!(!gate.wait_quiet(passed()));
         std::thread::scope(|s| {
@@ -405,6 +431,19 @@ mod tests {
         assert_eq!((gate.inflight(), gate.late()), (0, 0));
         assert!(gate.wait_drained(passed()));
         assert_eq!(gate.give_up(), 0);
+    }
+
+    #[test]
+    fn the_counts_in_one_word_leave_each_other_alone() {
+        let gate = Gate { flight: AtomicU64::new(u64::MAX - ERA + 1), ..Gate::new() }; // the last era
+        let inside = gate.try_enter().unwrap();
+        let old = gate.try_enter().unwrap().begin();
+        assert_eq!(gate.give_up(), 1);
+        assert!(!gate.wait_users(passed()) && gate.wait_quiet(passed()), "given up on uses, not on who is inside");
+        let new = inside.begin();
+        assert!(gate.wait_users(passed()) && old != new);
+        assert_eq!((gate.end(old), gate.end(new)), (true, false));
+        assert_eq!((gate.inflight(), gate.late()), (0, 0));
     }
 
     #[test]

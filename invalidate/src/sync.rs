@@ -130,7 +130,7 @@ impl Event {
         self.futex.value()
     }
 
-    /// As [`Futex::bump`].
+    /// As [`Futex::bump`]. A fence for the caller, too: between what he has written before and what he looks at next.
     #[inline]
     pub fn bump(&self) {
         self.futex.word.fetch_add(1, Ordering::Release); // as there
