@@ -78,6 +78,7 @@ enum Which {
     Workqueue,
     Watch,
     Invalidate,
+    Pin,
     Import,
     Mirror,
     Submit,
@@ -214,6 +215,7 @@ fn measure_group(session: &mut Session, group: Which, card: Option<&Card>) -> Re
         (Which::Index, _) => groups::index::run(session),
         (Which::Workqueue, _) => groups::workqueue::run(session),
         (Which::Watch, _) => groups::watch::run(session),
+        (Which::Pin, _) => groups::pin::run(session),
         (_, None) => unreachable!("a group that needs a device isn't run without one"),
     }
 }

@@ -67,6 +67,9 @@ pub(crate) fn about(group: &str) -> &'static str {
         "import" => {
             "Giving memory the program already has to the device: through Pinfold (registered, watched, imported), by hand (the bare driver calls), and by a staged copy."
         }
+        "pin" => {
+            "The same on a device that takes its pages, as a GPU does and a CPU driver doesn't: fixed buffers of an io_uring, registered through Pinfold and by the bare call."
+        }
         "mirror" => {
             "Where a device can't import, a mirror is a copy that is kept fresh. A refresh should cost what has changed, not what there is."
         }
@@ -98,6 +101,11 @@ pub(crate) fn reason(group: &str, name: &str) -> Option<&'static str> {
             "import",
             "acquire, cold",
             "Ours also makes every page present, watches the range and looks at its mappings before and after, so it grows with the pages; by hand it is the driver's calls alone, and on a CPU driver those pin nothing",
+        ),
+        (
+            "pin",
+            "acquire, cold",
+            "Ours also looks whether every page is there, which grows with the pages, watches the range and looks at its mappings before and after",
         ),
         (
             "import",

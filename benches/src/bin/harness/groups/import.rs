@@ -3,8 +3,9 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use pinfold_core::Device;
 use pinfold_invalidate::Space;
-use pinfold_vulkan::{Access, Config, Manager, Userptr, page_size};
+use pinfold_vulkan::{Access, Config, Manager, page_size};
 
 use crate::clock::{microseconds, wall};
 use crate::groups::index::counted;
@@ -15,8 +16,8 @@ use crate::vulkan::{Card, Staged};
 /// Longer than any acquire takes.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
-const KIB: usize = 1 << 10;
-const MIB: usize = 1 << 20;
+pub(crate) const KIB: usize = 1 << 10;
+pub(crate) const MIB: usize = 1 << 20;
 
 /// `4 KiB`, `256 MiB`, `4 GiB`
 pub(crate) fn bytes(n: usize) -> String {
@@ -29,14 +30,18 @@ pub(crate) fn bytes(n: usize) -> String {
 }
 
 /// Registers memory for the device to read.
-pub(crate) fn register(manager: &Manager, memory: &Memory, access: Access) -> Result<Userptr> {
+pub(crate) fn register<D: Device>(
+    manager: &pinfold_core::Manager<D>,
+    memory: &Memory,
+    access: Access,
+) -> Result<pinfold_core::Userptr<D>> {
     // SAFETY: (1) there are no references into the harness's memory; (2) it is no allocator's; (3) each group unmaps it after the object is gone, or
     // where that is what is measured, with no work under way; (4) it is anonymous, so nobody truncates it.
     Ok(unsafe { manager.register(memory.range(), access) }?)
 }
 
 /// Waits until nothing of dropped objects is left, so that the next sample doesn't pay for them.
-pub(crate) fn settle(manager: &Manager) -> Result<()> {
+pub(crate) fn settle<D: Device>(manager: &pinfold_core::Manager<D>) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     while manager.stats().imports > 0 {
         ensure!(Instant::now() < deadline, "imports of dropped objects are still there after {PATIENCE:?}");
@@ -153,7 +158,7 @@ pub(crate) fn run(session: &mut Session, card: &Card) -> Result<()> {
 }
 
 /// Waits until the index has none of the sample before: workers take them out, and whoever registers meanwhile waits for them.
-fn wait_for_nobody_over(memory: &Memory) -> Result<()> {
+pub(crate) fn wait_for_nobody_over(memory: &Memory) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let mut left = 0;

@@ -34,7 +34,7 @@ pub(crate) fn run(session: &mut Session, card: Option<&Card>) -> Result<()> {
     largest(session, card)
 }
 
-fn memlock() -> String {
+pub(crate) fn memlock() -> String {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: `limit` is a live structure that the call fills.
     let answer = unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &raw mut limit) };

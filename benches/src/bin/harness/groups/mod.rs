@@ -8,6 +8,7 @@ pub(crate) mod index;
 pub(crate) mod invalidate;
 pub(crate) mod limits;
 pub(crate) mod mirror;
+pub(crate) mod pin;
 pub(crate) mod submit;
 pub(crate) mod watch;
 pub(crate) mod workqueue;
