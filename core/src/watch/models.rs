@@ -133,7 +133,9 @@ fn two_writers_and_a_reader_of_one_slot(post: fn(&Ring, u64) -> Push) {
 
 #[test]
 fn two_writers_and_a_reader_of_one_slot_lose_nothing_without_a_mark() {
-    loom::model(|| two_writers_and_a_reader_of_one_slot(|ring, number| ring.push_or_mark_lost(&numbered(number), 0)));
+    // Every order takes two and a half minutes, these five seconds, and they find what `scripts/mutants` breaks.
+    bounded(5)
+        .check(|| two_writers_and_a_reader_of_one_slot(|ring, number| ring.push_or_mark_lost(&numbered(number), 0)));
 }
 
 #[test]
