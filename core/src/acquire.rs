@@ -225,7 +225,7 @@ impl<D: Device> Object<D> {
             }
         }
         if discarded.is_none() {
-            populate(self.range, self.access, &before, effort.pages)?;
+            populate(self.range, self.access, &before, effort.pages.left_to(self.engine.device()))?;
         }
         let Some((watched, coverage, after)) = self.watch(&before)? else { return Ok(Attempt::Moved) };
         if !shards.covers(watched) {
@@ -417,7 +417,7 @@ impl<D: Device> Object<D> {
         if self.range.len() > limit || self.dmabuf.is_some() {
             return None;
         }
-        let pages = Presence::of(self.range);
+        let pages = Presence::of(self.range, self.engine.device());
         (pages != Presence::Unknown).then(|| Effort::here(pages))
     }
 }

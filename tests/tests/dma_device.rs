@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use pinfold_core::{Access, Config, DeviceError, Manager, Outcome};
+use pinfold_core::{Access, Config, Device, DeviceError, Manager, Outcome, State};
 use pinfold_invalidate::page_size;
 use pinfold_tests::dma::DmaDevice;
 use pinfold_tests::leaks::{Holdings, pinned};
@@ -132,6 +132,44 @@ fn pinned_at_hand_over() -> bool {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("/proc");
     let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
     (numbers.next(), numbers.next()) < (Some(6), Some(15))
+}
+
+#[test]
+fn pages_that_are_absent_or_zero_are_made_the_programs_own_by_the_pin() {
+    let device = device!();
+    assert!(device.faults_in(), "nobody else makes them present");
+    let manager = Manager::new(device.clone(), Config::default()).expect("a manager");
+    // As many as the caller takes itself, and as many as a worker takes; a page that was only read is the page of zeros.
+    for pages in [4, 128, 8192] {
+        let region = Region::untouched(Backing::Anonymous, pages).expect("mapped");
+        region.read(page_size(), 8).expect("readable");
+        // SAFETY: no reference points into a region, which lives longer than the object.
+        let object = unsafe { manager.register(region.range(), Access::Read) }.expect("registered");
+        let lease = manager.acquire_timeout(&[&object], PATIENCE).expect("pinnable");
+        assert_eq!(region.present(), pages);
+        region.fill(0..pages, 0xee).expect("writable");
+        let job = device.read_job(&lease.view(0), 0, region.range().len()).expect("made");
+        job.start();
+        assert!(job.finish().expect("pinned").iter().all(|&byte| byte == 0xee), "the program writes to other pages");
+    }
+}
+
+#[test]
+fn a_page_that_can_not_be_had_is_a_fault_of_the_pin_and_the_end_of_nobody() {
+    const MADV_GUARD_INSTALL: i32 = 102; // linux/mman.h, since Linux 6.13
+    let device = device!();
+    let manager = Manager::new(device, Config::default()).expect("a manager");
+    for pages in [4, 128, 8192] {
+        let region = Region::new(Backing::Anonymous, pages).expect("mapped");
+        if let Err(e) = region.advise(pages / 2..pages / 2 + 1, MADV_GUARD_INSTALL) {
+            skip!("this kernel has no guard pages: {e}");
+        }
+        // SAFETY: no reference points into a region, which lives longer than the object.
+        let object = unsafe { manager.register(region.range(), Access::Read) }.expect("registered");
+        let error = manager.acquire_timeout(&[&object], PATIENCE).expect_err("a guard page is in it");
+        assert_eq!((error.errno(), object.state().expect("alive")), (libc::EFAULT, State::Faulted));
+        assert_eq!(manager.stats().imports, 0);
+    }
 }
 
 #[test]
