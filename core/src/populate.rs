@@ -81,7 +81,7 @@ fn advise(start: *mut libc::c_void, len: usize, advice: i32) -> Option<Errno> {
 /// What is known of a range's pages before they are taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Presence {
-    /// They are there, and nothing is left to be populated of memory that the device reads, or that is private.
+    /// What is mapped is there, and nothing of it is left to be populated where the device reads, or the memory is private.
     There,
     /// They are in memory, so populating them does not wait for a disk.
     Resident,

@@ -152,15 +152,19 @@ pub fn any_present(range: HostRange) -> io::Result<Option<bool>> {
     }
 }
 
-/// Whether every page of the range is in the page table, and none of them the page of zeros or part of a huge page (which may be of zeros). No
-/// also where this can't be told (as with [`any_present`]), and where nothing is mapped.
+/// Whether every page of the range that is mapped is in the page table, and none of them the page of zeros or part of a huge page (which may be of
+/// zeros). No also where this can't be told (as with [`any_present`]). What isn't mapped the list of [mappings](crate::mappings) tells.
 #[must_use]
 pub fn is_all_there(range: HostRange) -> bool {
-    let want = Wanted { inverted: ZERO | HUGE, all: PRESENT | ZERO | HUGE, ..Wanted::default() };
-    // The walk ends where a second region would begin.
-    let mut region = [PageRegion::default()];
-    let found = scan(range.start() as u64, range.end() as u64, want, &mut region);
-    matches!(found, Ok((1, _))) && (region[0].start, region[0].end) == (range.start() as u64, range.end() as u64)
+    // The others are asked for: a page that is told costs as much as two that are not, and the walk ends with the first.
+    let want = Wanted { max_pages: 1, ..absent_or(ZERO | HUGE) };
+    let found = scan(range.start() as u64, range.end() as u64, want, &mut [PageRegion::default()]);
+    matches!(found, Ok((0, _)))
+}
+
+/// Pages that are not in the page table, or of one of these kinds.
+fn absent_or(kinds: u64) -> Wanted {
+    Wanted { inverted: PRESENT, any: PRESENT | kinds, ..Wanted::default() }
 }
 
 /// What makes a page count as missing.
@@ -182,7 +186,7 @@ pub fn missing<E>(range: HostRange, what: Missing, mut found: impl FnMut(HostRan
     /// Parts so many bytes apart are one: a call for each costs more than the pages in between.
     const NEAR: u64 = 16 << 12;
     let zero = if what == Missing::Zero { ZERO | HUGE } else { 0 };
-    let want = Wanted { inverted: PRESENT, any: PRESENT | zero, ..Wanted::default() };
+    let want = absent_or(zero);
     let mut show = |start, end| found(HostRange::from_bounds(start, end).expect("whole pages of the range"));
     let (mut at, end) = (range.start() as u64, range.end() as u64);
     while at < end {
