@@ -15,10 +15,13 @@
 //! If the pages were seen absent, its zap has been there. If they were seen present, the object is taken a second time after 10 ms of quiet.
 
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use pinfold_invalidate::{Backing, Cause, Coverage, ManualReason, Mapping, Shards, Target, WatchError, mappings};
+use pinfold_invalidate::sync::fence_after_rmw;
+use pinfold_invalidate::{
+    Backing, Cause, Coverage, Handful, ManualReason, Mapping, Shards, Target, WatchError, mappings,
+};
 
 use crate::discard::are_gone;
 use crate::dmabuf::Reserved;
@@ -75,7 +78,7 @@ enum Attempt {
 struct Learnt<D: Device> {
     shards: Shards,
     /// Prepared while the range was unwatched, for exactly these mappings.
-    prepared: Option<(D::Prepared, Vec<Mapping>)>,
+    prepared: Option<(D::Prepared, Handful<Mapping>)>,
     /// Counted before anything is taken, and kept while it begins anew.
     charge: Option<Charge<D>>,
     /// How often room has been made.
@@ -117,10 +120,13 @@ impl<D: Device> Object<D> {
 
     /// Takes the pages of an object that this thread has claimed. Returns whether it is valid now; waiters have been told in any case.
     pub(crate) fn build(self: &Arc<Self>, mut noted: Snapshot, token: u64, effort: Effort) -> bool {
-        // Here and not by a worker: what it was counted with may be just what is needed, here or by others, who wait for it.
-        self.engine.loose.add(0);
-        self.take_stale_pin().and_then(Arc::into_inner).map(Pin::release);
-        self.engine.loose.sub(0);
+        // Here and not by a worker: what it was counted with may be just what is needed, here or by others, who wait for it. The first acquisition
+        // finds none.
+        if token > 1 {
+            self.engine.loose.add(0);
+            self.take_stale_pin().and_then(Arc::into_inner).map(Pin::release);
+            self.engine.loose.sub(0);
+        }
         let mut learnt = Learnt {
             shards: noted.shards,
             prepared: None,
@@ -253,7 +259,7 @@ impl<D: Device> Object<D> {
             pin.release();
             return Ok(Attempt::Moved);
         }
-        fence(Ordering::SeqCst); // between our store to the word and our look at `lost`; partner: `Engine::lose`
+        fence_after_rmw(); // between our change of the word and our look at `lost`; partner: `Engine::lose`
         if self.engine.is_lost() {
             self.give_up();
         }
@@ -299,7 +305,7 @@ impl<D: Device> Object<D> {
             pin.release();
             return Ok(Attempt::Moved);
         }
-        fence(Ordering::SeqCst); // as for mapped memory
+        fence_after_rmw(); // as for mapped memory
         if self.engine.is_lost() {
             self.give_up();
         }
@@ -311,14 +317,15 @@ impl<D: Device> Object<D> {
     }
 
     /// What must be done before the range is watched. `None`: done, but it moved the generation.
-    fn prepare(&self, before: &[Mapping], learnt: &mut Learnt<D>) -> Result<Option<D::Prepared>, Error> {
+    fn prepare(&self, before: &Handful<Mapping>, learnt: &mut Learnt<D>) -> Result<Option<D::Prepared>, Error> {
         if let Some((prepared, mappings)) = learnt.prepared.take()
             && same_memory(&mappings, before)
         {
             return Ok(Some(prepared));
         }
         let space = &self.engine.space;
-        let watched = space.is_watched(self.range);
+        // Private memory has no alias.
+        let watched = before.iter().any(|mapping| mapping.shared) && space.is_watched(self.range);
         match self.engine.device().prepare(&self.request(before, watched))? {
             Preparation::Ready(prepared) => Ok(Some(prepared)),
             Preparation::NeedsUnwatched => {
@@ -326,7 +333,7 @@ impl<D: Device> Object<D> {
                 if let Preparation::Ready(prepared) =
                     space.unwatched(self.range, || self.engine.device().prepare(&request))??
                 {
-                    learnt.prepared = Some((prepared, before.to_vec()));
+                    learnt.prepared = Some((prepared, before.clone()));
                 }
                 Ok(None)
             }
@@ -334,11 +341,11 @@ impl<D: Device> Object<D> {
     }
 
     /// `None`: the mappings have changed meanwhile.
-    fn watch(&self, before: &[Mapping]) -> Result<Option<(Shards, Coverage, Vec<Mapping>)>, Error> {
+    fn watch(&self, before: &Handful<Mapping>) -> Result<Option<(Shards, Coverage, Handful<Mapping>)>, Error> {
         // Acquire: pairs with the export that clears it.
         if self.unwatched.load(Ordering::Acquire) {
             let home = self.engine.space.home(self.range);
-            return Ok(Some((home, Coverage::Manual(ManualReason::Asked), before.to_vec())));
+            return Ok(Some((home, Coverage::Manual(ManualReason::Asked), before.clone())));
         }
         match self.engine.space.watch_as(self.range, before) {
             Ok(watched) => Ok(Some((watched.shards, watched.coverage, watched.mappings))),
@@ -431,6 +438,9 @@ fn refuse_special(mappings: &[Mapping]) -> Result<(), Error> {
 
 /// Whether the range shows the same memory in both lists. How far the mappings reach beyond the range doesn't matter: watching splits them.
 fn same_memory(a: &[Mapping], b: &[Mapping]) -> bool {
-    let same = |(a, b): (&Mapping, &Mapping)| *a == Mapping { whole: a.whole, ..b.clone() };
-    a.len() == b.len() && a.iter().zip(b).all(same)
+    let parts = |mapping: &Mapping| {
+        let Mapping { range, whole: _, protection, shared, backing, file, offset } = *mapping;
+        (range, protection, shared, backing, file, offset)
+    };
+    a.iter().map(parts).eq(b.iter().map(parts))
 }

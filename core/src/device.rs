@@ -86,7 +86,8 @@ pub struct Request<'a> {
     pub access: Access,
     /// The mappings that cover `range`, in address order and without a hole, as they were a moment ago.
     pub mappings: &'a [Mapping],
-    /// Some page of the range is watched by this process already. A second mapping (alias) of it must not be made then: it would inherit the watch.
+    /// The range has shared memory, and some page of it is watched by this process already. A second mapping (alias) of it must not be made then: it
+    /// would inherit the watch.
     pub watched: bool,
     /// How well the range is watched; `None` before the watch begins. Less than [`Coverage::Watched`] means that changes may go unnoticed.
     pub coverage: Option<Coverage>,

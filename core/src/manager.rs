@@ -175,7 +175,7 @@ impl<D: Device> Manager<D> {
         self.begin_all(objects)
     }
 
-    /// As [`acquire`](Self::acquire), waiting up to `limit`.
+    /// As [`acquire`](Self::acquire), waiting up to `limit`, from where it begins to wait.
     ///
     /// Where a single object is not valid, this thread takes its pages itself instead of waiting for a worker, if they are in memory and
     /// no more than 64 times [`Config::inline_limit`]. That ends when it is done.
@@ -183,17 +183,19 @@ impl<D: Device> Manager<D> {
     /// # Errors
     /// As [`acquire`](Self::acquire); [`Error::Again`] when the time is over.
     pub fn acquire_timeout(&self, objects: &[&Userptr<D>], limit: Duration) -> Result<Lease<D>, Error> {
-        let deadline = Instant::now() + limit;
+        // The clock is read only where somebody has to wait.
+        let mut deadline = None;
+        let mut deadline = || *deadline.get_or_insert_with(|| Instant::now() + limit);
         let (mut since, alone) = (Since::default(), self.engine().config.inline_limit.saturating_mul(PATIENT));
         loop {
             match self.try_acquire(objects, Some(&mut since), alone) {
                 Ok(lease) => return Ok(lease),
                 Err(Wait { error, object: Some((index, seen)) }) if error.is_again() => {
-                    if !objects[index].handle.object.ended.wait(seen, Some(deadline)) {
+                    if !objects[index].handle.object.ended.wait(seen, Some(deadline())) {
                         return Err(error);
                     }
                 }
-                Err(Wait { error, .. }) if error.is_again() && Instant::now() < deadline => {}
+                Err(Wait { error, .. }) if error.is_again() && deadline() > Instant::now() => {}
                 Err(Wait { error, .. }) => return Err(error),
             }
         }

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use pinfold_invalidate::{in_bracket, mappings};
+use pinfold_invalidate::{Handful, in_bracket, mappings};
 
 use crate::notes::What;
 use crate::object::Object;
@@ -94,7 +94,7 @@ impl From<Error> for Wait {
 
 /// For each object, the first acquisition a waiter has waited for: a failure of that one or a later one is the waiter's to be told.
 #[derive(Default)]
-pub(crate) struct Since(Vec<u64>);
+pub(crate) struct Since(Handful<u64>);
 
 impl Since {
     fn for_objects<D: Device>(&mut self, objects: &[&Userptr<D>]) -> &[u64] {
@@ -142,8 +142,10 @@ impl<D: Device> Object<D> {
                 }
                 State::Closed | State::DeadAfterFork => return Err(Error::Closed),
                 State::New | State::Invalid | State::Faulted => {
-                    // Also an acquisition that was cancelled is told as one that failed.
-                    if let Some(error) = self.untold_fault(first) {
+                    // Also an acquisition that was cancelled is told as one that failed. Of a new object none has.
+                    if seen.state != State::New
+                        && let Some(error) = self.untold_fault(first)
+                    {
                         return Err(error);
                     }
                     let may_try = !tried_here && seen.state != State::Faulted;
@@ -163,6 +165,9 @@ impl<D: Device> Object<D> {
 
     /// The acquisition that a waiter who comes now waits for first: one that failed and nobody was told, the one under way, or else the next.
     fn first_to_wait_for(&self) -> u64 {
+        if self.word.read().state == State::New {
+            return 1; // none has begun yet
+        }
         let slot = self.slot();
         if let Some(fault) = slot.fault.as_ref().filter(|fault| !fault.told) {
             return fault.token;

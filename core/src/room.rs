@@ -47,7 +47,9 @@ pub(crate) struct Charge<D: Device> {
 
 impl<D: Device> Drop for Charge<D> {
     fn drop(&mut self) {
-        self.engine.locked.sub(self.locked);
+        if self.locked > 0 {
+            self.engine.locked.sub(self.locked);
+        }
         self.engine.pins.sub(self.bytes);
         self.engine.returned.fetch_add(1, Ordering::Relaxed);
     }
@@ -64,8 +66,9 @@ impl<D: Device> Engine<D> {
             return Err(budget(0));
         }
         self.pins.try_add(bytes, self.config.budget).map_err(budget)?;
-        let limit = if locked > 0 { crate::limits::lockable() } else { u64::MAX };
-        if let Err(left) = self.locked.try_add(locked, limit) {
+        if locked > 0
+            && let Err(left) = self.locked.try_add(locked, crate::limits::lockable())
+        {
             self.pins.sub(bytes);
             return Err(over("memory that may be locked (RLIMIT_MEMLOCK)", locked, left));
         }

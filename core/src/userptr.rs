@@ -22,7 +22,7 @@ impl<D: Device> Userptr<D> {
     pub(crate) fn first(object: Object<D>) -> Self {
         let (id, range, object) = (object.id, object.range, Arc::new(object));
         let handle = Handle::first(Arc::clone(&object));
-        let engine = Arc::clone(&object.engine);
+        let engine = &handle.object.engine;
         engine.objects.add(0);
         engine.note(&object, What::Registered);
         engine.space.insert(range, id, object);

@@ -39,11 +39,11 @@ pub(crate) fn at(_: Call) -> io::Result<()> {
 }
 
 #[cfg(all(test, not(loom)))]
-pub(crate) use tested::{at, refuse, refused};
+pub(crate) use tested::{at, meanwhile, refuse, refused};
 
 #[cfg(all(test, not(loom)))]
 mod tested {
-    use std::cell::Cell;
+    use std::cell::{Cell, RefCell};
 
     use super::{Call, io};
 
@@ -53,9 +53,16 @@ mod tested {
     thread_local! {
         static PLAN: Cell<Option<Plan>> = const { Cell::new(None) };
         static REFUSED: Cell<u32> = const { Cell::new(0) };
+        static ACT: RefCell<Option<Act>> = const { RefCell::new(None) };
     }
 
+    /// Before which call something is to be done, and what.
+    type Act = (Call, Box<dyn FnOnce()>);
+
     pub(crate) fn at(call: Call) -> io::Result<()> {
+        if let Some((_, act)) = ACT.with_borrow_mut(|act| act.take_if(|act| act.0 == call)) {
+            act();
+        }
         let Some((planned, before, times, errno)) = PLAN.get().filter(|plan| plan.0 == call && plan.2 > 0) else {
             return Ok(());
         };
@@ -74,6 +81,14 @@ mod tested {
         PLAN.set(Some((call, before, times, errno)));
         let result = body();
         PLAN.set(None);
+        result
+    }
+
+    /// While `body` runs, `act` is done once, right before this thread's next call of that kind, as another thread might.
+    pub(crate) fn meanwhile<R>(call: Call, act: impl FnOnce() + 'static, body: impl FnOnce() -> R) -> R {
+        ACT.set(Some((call, Box::new(act))));
+        let result = body();
+        assert!(ACT.take().is_none(), "there was no such call");
         result
     }
 

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::fault::{Call, refuse, refused};
+use crate::fault::{Call, meanwhile, refuse, refused};
 use crate::uffd::{Uffd, feature};
 use crate::{
     Change, Coverage, DirtyTracker, HostRange, ManualReason, Missing, Shards, Space, SpaceError, Taken, Target,
-    WatchError, Watched, any_present, mappings, missing, monitor, page_size, still_watched,
+    WatchError, WatchSpan, Watched, any_present, mappings, missing, monitor, page_size, still_watched,
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -54,6 +54,13 @@ impl Memory {
         memory
     }
 
+    /// As [`new`](Self::new), but all four pages may be written, and are one mapping.
+    fn writable() -> Self {
+        let memory = Self::new();
+        map(memory.0);
+        memory
+    }
+
     fn page(&self, at: usize) -> HostRange {
         HostRange::new(self.0.start() + at * page_size(), page_size()).unwrap()
     }
@@ -73,6 +80,29 @@ impl Drop for Memory {
         // SAFETY: memory of the test, which no reference points into.
         unsafe { libc::munmap(ptr::with_exposed_provenance_mut(self.0.start()), self.0.len()) };
     }
+}
+
+/// Maps writable pages there, in the place of what is there.
+fn map(range: HostRange) {
+    let (at, flags) = (ptr::with_exposed_provenance_mut(range.start()), libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, flags | libc::MAP_FIXED);
+    // SAFETY: memory of the test, which no reference points into.
+    assert_eq!(unsafe { libc::mmap(at, range.len(), protection, flags, -1, 0) }, at);
+}
+
+fn unmap(range: HostRange) {
+    // SAFETY: as in `map`.
+    assert_eq!(unsafe { libc::munmap(ptr::with_exposed_provenance_mut(range.start()), range.len()) }, 0);
+}
+
+/// The question that ends a watch: which mappings there are.
+fn last_question() -> Call {
+    let page = HostRange::new(page_size(), page_size()).unwrap();
+    let asks = |call| {
+        let _ = refuse(call, 0, 1, libc::EPERM, || mappings(page));
+        refused() > 0
+    };
+    if asks(Call::Query) { Call::Query } else { Call::Text }
 }
 
 /// Whether anything can be watched here at all.
@@ -115,11 +145,70 @@ fn a_mapping_that_was_not_among_those_asked_for_is_moving() {
 }
 
 #[test]
+fn a_hole_that_is_filled_while_its_range_is_being_watched_is_moving() {
+    if !is_possible() {
+        return;
+    }
+    let last = last_question();
+    for hole in 0..4 {
+        let (space, memory) = (space().unwrap(), Memory::writable());
+        let (range, hole) = (memory.0, memory.page(hole));
+        space.insert(range, 1, Arc::new(Counts::default()));
+        let known = mappings(range).unwrap();
+        assert_eq!(known.len(), 1);
+        // Registered without the hole, and then listed without one.
+        unmap(hole);
+        let answer = meanwhile(last, move || map(hole), || space.watch_as(range, &known));
+        assert!(IS_MOVING(&answer), "{hole}: {answer:?}");
+        let answer = space.watch_as(range, &mappings(range).unwrap());
+        assert!(IS_WATCHED(&answer), "{hole}: {answer:?}");
+        assert_eq!(memory.watched(), [true; 4]);
+        space.remove(range, 1);
+    }
+}
+
+#[test]
+fn a_hole_is_not_taken_for_watched_because_the_mapping_around_it_is() {
+    if !is_possible() {
+        return;
+    }
+    let (space, memory) = (space().unwrap(), Memory::writable());
+    let hole = memory.page(1);
+    space.insert(hole, 1, Arc::new(Counts::default()));
+    let known = mappings(hole).unwrap();
+    assert_eq!(known[0].whole, memory.0);
+    unmap(hole);
+    // Behind the registration of all of the mapping, of which the rest is there.
+    let watch = || space.watch_spanning(hole, &known, WatchSpan::Mapping);
+    let answer = meanwhile(Call::Protect, move || map(hole), watch);
+    assert!(IS_MOVING(&answer), "{answer:?}");
+    assert_eq!(memory.watched(), [true, false, true, true]);
+    space.remove(hole, 1);
+}
+
+#[test]
+fn what_is_replaced_before_it_is_listed_has_been_told() {
+    if !is_possible() {
+        return;
+    }
+    let last = last_question();
+    let (space, memory, counts) = (space().unwrap(), Memory::writable(), Arc::new(Counts::default()));
+    let range = memory.0;
+    space.insert(range, 1, Arc::<Counts>::clone(&counts));
+    let known = mappings(range).unwrap();
+    let answer = meanwhile(last, move || map(range), || space.watch_as(range, &known));
+    assert!(IS_WATCHED(&answer), "as it was: {answer:?}");
+    assert!(space.wait_open(Shards::ALL, Instant::now() + PATIENCE));
+    assert_eq!(counts.0.load(Ordering::SeqCst), 1);
+    space.remove(range, 1);
+}
+
+#[test]
 fn a_watch_that_is_refused_says_so_leaves_nothing_unrecorded_and_works_the_next_time() {
     if !is_possible() {
         return;
     }
-    let cases: [(Call, i32, u32, Check); 19] = [
+    let cases: [(Call, i32, u32, Check); 17] = [
         // One shard after the other may be the owner; if none is, a stranger is.
         (Call::Register, libc::EBUSY, 1, IS_WATCHED),
         (Call::Register, libc::EBUSY, ALWAYS, IS_FOREIGN),
@@ -133,8 +222,6 @@ fn a_watch_that_is_refused_says_so_leaves_nothing_unrecorded_and_works_the_next_
         (Call::Register, libc::EAGAIN, 1, IS_REFUSED),
         (Call::Register, libc::EINTR, 1, IS_REFUSED),
         (Call::Register, libc::EBADF, ALWAYS, IS_REFUSED),
-        (Call::Protect, libc::ENOENT, 1, IS_MOVING),
-        (Call::Protect, libc::EAGAIN, ALWAYS, IS_MOVING),
         (Call::Probe, libc::EAGAIN, ALWAYS, IS_WATCHED),
         // The text tells as much.
         (Call::Query, libc::ENOMEM, 1, IS_WATCHED),

@@ -50,6 +50,11 @@ impl Ledger {
     /// Records how the range is watched, however it was before.
     pub(crate) fn watch(&mut self, range: HostRange, watch: Watch) {
         self.cut(range);
+        self.join(range, watch);
+    }
+
+    /// Records how a range is watched that was not.
+    fn join(&mut self, range: HostRange, watch: Watch) {
         let (mut start, mut end) = (range.start(), range.end());
         if let Some((&left, piece)) = self.pieces.range(..start).next_back()
             && piece.end == start
@@ -69,7 +74,9 @@ impl Ledger {
 
     /// As [`watch`](Self::watch), but for a range that is watched already, which stays as it is.
     pub(crate) fn watch_more(&mut self, range: HostRange, watch: Watch) {
-        if self.pieces_over(range).all(|(piece, old)| old.shard != watch.shard || !piece.covers(range)) {
+        if self.is_free(range) {
+            self.join(range, watch);
+        } else if self.pieces_over(range).all(|(piece, old)| old.shard != watch.shard || !piece.covers(range)) {
             self.watch(range, watch);
         }
     }
@@ -129,6 +136,12 @@ impl Ledger {
         }
     }
 
+    /// Whether nobody watches any of the range.
+    pub(crate) fn is_free(&self, range: HostRange) -> bool {
+        let last = self.pieces.range(..range.end()).next_back();
+        last.is_none_or(|(_, piece)| piece.end <= range.start())
+    }
+
     /// The watched parts of the range, in address order.
     pub(crate) fn watched(&self, range: HostRange) -> impl Iterator<Item = (HostRange, Watch)> + '_ {
         self.pieces_over(range).filter_map(move |(piece, watch)| Some((piece.intersection(range)?, watch)))
@@ -150,10 +163,9 @@ impl Ledger {
         if self.unsure {
             return None;
         }
-        // Nearly always.
-        if let Some((piece, watch)) = self.at(range.start())
-            && piece.covers(range)
-        {
+        // Nearly always it is one piece or none.
+        let (piece, watch) = self.at(range.start())?;
+        if piece.covers(range) {
             return Some(Shards::one(watch.shard));
         }
         let (mut at, mut shards) = (range.start(), Shards::NONE);
@@ -262,6 +274,7 @@ mod tests {
             assert_eq!(ledger.exact, all.iter().filter(|(_, watch)| watch.span == WatchSpan::Exact).count());
             let first = random(PAGES);
             let asked = first..first + 1 + random(PAGES - first);
+            assert_eq!(ledger.is_free(range(first, asked.len())), oracle[asked.clone()].iter().all(Option::is_none));
             let covered = oracle[asked.clone()]
                 .iter()
                 .try_fold(Shards::NONE, |shards, page| page.map(|watch| shards.union(Shards::one(watch.shard))));

@@ -25,7 +25,7 @@ pub use file::mapped_from;
 
 use crate::fault::{self, Call};
 use crate::proc_file::ProcFile;
-use crate::{HostRange, MAX_PAGES, USER_SPACE_END, page_size};
+use crate::{Handful, HostRange, MAX_PAGES, USER_SPACE_END, page_size};
 
 /// One mapping of this process (a VMA), or the part of it inside the range that was asked about.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -103,11 +103,11 @@ pub enum MapsError {
     Unreadable(#[source] std::io::Error),
 }
 
-/// The mappings that cover `range`, in address order, each cut to `range`. Allocates.
+/// The mappings that cover `range`, in address order, each cut to `range`. May allocate.
 ///
 /// # Errors
 /// [`MapsError::Hole`] with the first address where nothing is mapped, [`MapsError::Unreadable`].
-pub fn mappings(range: HostRange) -> Result<Vec<Mapping>, MapsError> {
+pub fn mappings(range: HostRange) -> Result<Handful<Mapping>, MapsError> {
     mappings_from(Source::preferred()?, range)
 }
 
@@ -131,17 +131,21 @@ pub(crate) fn each_mapping(mut show: impl FnMut(Mapping)) -> Result<(), MapsErro
     Ok(())
 }
 
-fn mappings_from(mut source: Source, range: HostRange) -> Result<Vec<Mapping>, MapsError> {
-    let mut found = Vec::new();
-    let mut rest = Some(range);
-    while let Some(part) = rest {
+fn mappings_from(mut source: Source, range: HostRange) -> Result<Handful<Mapping>, MapsError> {
+    let mut next = |part: HostRange| {
         let at = part.start();
-        let hole = MapsError::Hole { range, at };
-        let Some(raw) = source.next(at).map_err(MapsError::Unreadable)? else { return Err(hole) };
-        let Some(whole) = raw.whole(at) else { return Err(hole) };
+        let hole = || MapsError::Hole { range, at };
+        let raw = source.next(at).map_err(MapsError::Unreadable)?.ok_or_else(hole)?;
+        let whole = raw.whole(at).ok_or_else(hole)?;
         let cut = whole.intersection(part).expect("both contain `at`");
-        found.push(raw.mapping(whole, cut));
-        rest = range.starting_at(cut.end());
+        Ok((raw.mapping(whole, cut), range.starting_at(cut.end())))
+    };
+    let (first, mut rest) = next(range)?;
+    let mut found = Handful::one(first);
+    while let Some(part) = rest {
+        let (mapping, left) = next(part)?;
+        found.push(mapping);
+        rest = left;
     }
     Ok(found)
 }

@@ -105,14 +105,14 @@ impl HostRange {
     /// # Errors
     /// As [`from_ptr`](Self::from_ptr).
     pub fn new(start: usize, len: usize) -> Result<Self, RangeError> {
-        let page = page_size();
-        if len / page > MAX_PAGES {
+        let page = page_size(); // a power of two, so that nothing needs to be divided
+        if len >= (MAX_PAGES + 1) * page {
             return Err(RangeError::TooBig { start, len });
         }
         if len == 0 {
             return Err(RangeError::Empty { start });
         }
-        if !start.is_multiple_of(page) || !len.is_multiple_of(page) {
+        if (start | len) & (page - 1) != 0 {
             return Err(RangeError::Unaligned { start, len, page });
         }
         match start.checked_add(len) {

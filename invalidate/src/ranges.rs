@@ -53,7 +53,13 @@ type Key = (u32, usize, u64);
 
 /// The keys, from and to, between which ranges that touch this one lie.
 fn spans(classes: u64, range: HostRange) -> impl Iterator<Item = (Key, Key)> {
-    (0..u64::BITS).filter(move |class| classes & (1 << class) != 0).map(move |class| {
+    let mut left = classes;
+    let each = std::iter::from_fn(move || {
+        let class = (left != 0).then(|| left.trailing_zeros())?;
+        left &= left - 1;
+        Some(class)
+    });
+    each.map(move |class| {
         let longest = usize::MAX >> (u64::BITS - 1 - class); // 2^(class + 1) - 1
         ((class, range.start().saturating_sub(longest), 0), (class, range.end(), 0))
     })

@@ -326,7 +326,7 @@ impl Space {
     /// Whether any page of the range is watched.
     #[must_use]
     pub fn is_watched(&self, range: HostRange) -> bool {
-        self.inner.ledger().watched(range).next().is_some()
+        !self.inner.ledger().is_free(range)
     }
 
     /// Calls `visit` with each target over the range.
@@ -412,7 +412,8 @@ impl Inner {
         let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
         // Acquire: pairs with the Release in `happens`.
         ledger.unsure |= self.forgotten.load(Ordering::Acquire);
-        while let Some(event) = self.happened.pop() {
+        // That it is empty is told by two loads; to find it so by taking something out costs a fence.
+        while let Some(event) = (!self.happened.is_empty()).then(|| self.happened.pop()).flatten() {
             match event {
                 Event::Unmap(range) => ledger.unmapped(range),
                 // The old place is cut by the UNMAP that follows, unless the mapping stays there (MREMAP_DONTUNMAP).

@@ -1,11 +1,11 @@
 //! Beginning and ending the watch over pages: which shard, what can be watched, and what is said when it can't.
 
 use std::io;
+use std::sync::MutexGuard;
 use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::HostRange;
 use crate::dirty::protected;
 use crate::ledger::{Ledger, Watch};
 use crate::maps::{Backing, Mapping, MapsError, mappings, page_size_of};
@@ -13,6 +13,7 @@ use crate::room::max_map_count;
 use crate::space::{Inner, NO_HOLD, SHARDS, Shards, Space};
 use crate::span::run_around;
 use crate::uffd::Uffd;
+use crate::{Handful, HostRange};
 
 /// How much of a mapping is watched for the sake of a range that lies in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -77,7 +78,7 @@ pub struct Watched {
     pub coverage: Coverage,
     /// The mappings as they were when the watch had begun. What changes from then on is noticed. None if they were not asked for
     /// ([`Space::watch`]).
-    pub mappings: Vec<Mapping>,
+    pub mappings: Handful<Mapping>,
 }
 
 /// The range can't be watched now.
@@ -124,11 +125,13 @@ impl Space {
     /// # Errors
     /// [`WatchError`]; pages watched before remain so.
     pub fn watch(&self, range: HostRange) -> Result<Watched, WatchError> {
-        let Some(shards) = self.covered(range).filter(|&shards| self.is_in_force(range, shards)) else {
-            let watched = self.watch_with(range, &mappings(range)?, WatchSpan::Exact)?;
-            return Ok(Watched { mappings: Vec::new(), ..watched });
+        let covered = self.covered(&self.inner.ledger(), range);
+        let Some(shards) = covered.filter(|&shards| self.is_in_force(range, shards)) else {
+            let known = mappings(range)?;
+            let watched = self.watch_with(self.inner.ledger(), range, &known, WatchSpan::Exact)?;
+            return Ok(Watched { mappings: Handful::new(), ..watched });
         };
-        Ok(Watched { shards, coverage: Coverage::Watched, mappings: Vec::new() })
+        Ok(Watched { shards, coverage: Coverage::Watched, mappings: Handful::new() })
     }
 
     /// As [`watch`](Self::watch), for a caller who has just asked for the [`mappings`] of the range and will compare them with
@@ -145,23 +148,20 @@ impl Space {
     /// # Errors
     /// As [`watch`](Self::watch).
     pub fn watch_spanning(&self, range: HostRange, known: &[Mapping], span: WatchSpan) -> Result<Watched, WatchError> {
-        match self.already(range)? {
-            Some(watched) => Ok(watched),
-            None => self.watch_with(range, known, span),
+        let mut ledger = self.inner.ledger();
+        if let Some(shards) = self.covered(&ledger, range) {
+            drop(ledger);
+            let mappings = mappings(range)?;
+            if self.are_in_force(&mappings, shards) {
+                return Ok(Watched { shards, coverage: Coverage::Watched, mappings });
+            }
+            ledger = self.inner.ledger();
         }
-    }
-
-    /// What there is to say of a range that is watched as it should be. `None`: something is to be done.
-    fn already(&self, range: HostRange) -> Result<Option<Watched>, WatchError> {
-        let Some(shards) = self.covered(range) else { return Ok(None) };
-        let mappings = mappings(range)?;
-        let watched = self.are_in_force(&mappings, shards);
-        Ok(watched.then_some(Watched { shards, coverage: Coverage::Watched, mappings }))
+        self.watch_with(ledger, range, known, span)
     }
 
     /// The shards that watch all of the range, as far as the ledger knows, if nothing of it may still be going on.
-    fn covered(&self, range: HostRange) -> Option<Shards> {
-        let ledger = self.inner.ledger();
+    fn covered(&self, ledger: &Ledger, range: HostRange) -> Option<Shards> {
         let shards = ledger.covered(range).filter(|shards| !shards.has(NO_HOLD))?;
         // A discard that has been told may still be under way. Taking the address space's lock waits for it; somebody must have done so since.
         let is_fenced = |shard: usize| ledger.fenced[shard] == self.inner.shards[shard].removes();
@@ -192,40 +192,52 @@ impl Space {
         shards.iter().next().and_then(|shard| self.inner.shards[shard].uffd.as_ref())
     }
 
-    fn watch_with(&self, range: HostRange, known: &[Mapping], span: WatchSpan) -> Result<Watched, WatchError> {
+    fn watch_with(
+        &self,
+        mut ledger: MutexGuard<'_, Ledger>,
+        range: HostRange,
+        known: &[Mapping],
+        span: WatchSpan,
+    ) -> Result<Watched, WatchError> {
         let inner = &*self.inner;
-        let mut watched = Watched { shards: Shards::NONE, coverage: Coverage::Watched, mappings: Vec::new() };
-        let mut ledger = inner.ledger();
-        let mut registered = Vec::with_capacity(known.len());
+        let (mut shards, mut coverage) = (Shards::NONE, Coverage::Watched);
+        // What was registered with more than itself.
+        let mut wide = Vec::new();
         for mapping in known {
-            let piece = mapping.range;
             match inner.begin(&mut ledger, mapping, span) {
-                Ok(shard) => {
-                    registered.push((piece, shard));
-                    watched.shards = watched.shards.union(Shards::one(shard));
+                Ok((shard, all)) => {
+                    if all != mapping.range {
+                        wide.push((mapping.range.start(), shard));
+                    }
+                    shards = shards.union(Shards::one(shard));
                     // By the shard and not by the name alone: what a watch splits off the stack's mapping has lost the name.
-                    if shard == NO_HOLD && watched.coverage == Coverage::Watched {
-                        watched.coverage = Coverage::NoHold(no_hold(mapping.backing).unwrap_or(NoHoldReason::Stack));
+                    if shard == NO_HOLD && coverage == Coverage::Watched {
+                        coverage = Coverage::NoHold(no_hold(mapping.backing).unwrap_or(NoHoldReason::Stack));
                     }
                 }
                 Err(Refusal::Can(error)) => return Err(error),
                 Err(Refusal::Never(reason)) => {
-                    watched.shards = watched.shards.union(Shards::one(first_shard(&ledger, mapping)));
-                    watched.coverage = Coverage::Manual(reason); // the least there is, so it stands for the whole range
+                    shards = shards.union(Shards::one(first_shard(&ledger, mapping)));
+                    coverage = Coverage::Manual(reason); // the least there is, so it stands for the whole range
                 }
             }
         }
-        // Registering passes over holes in silence, and what somebody puts into a hole later is not watched. So each piece is asked whether a watched
-        // mapping is there, and then each mapping must begin where was asked. A mapping is watched as a whole or not at all: the one that is seen
-        // is the one that was asked about, or has taken its place, which an event tells.
-        let is_watched = |&(piece, shard): &(HostRange, usize)| {
-            inner.shards[shard].uffd.as_ref().is_none_or(|uffd| uffd.watches(piece.start()))
-        };
-        let all = registered.iter().all(is_watched);
-        watched.mappings = mappings(range)?;
+        // Registering passes over holes in silence, and what somebody puts into a hole later is not watched. But it fails where nothing at all is
+        // mapped, so some of each piece was watched when it was registered. In the list, which has no hole, each mapping must begin where a piece
+        // does. So there is one that has that part of the piece in it: it is what was watched there, as a mapping is watched as a whole or not at
+        // all, and the kernel joins none that is with one that isn't; or it has taken the place of that, which an event tells.
+        // Where more was registered than the piece, that may have been elsewhere, and it is asked whether a watched mapping is there.
+        let is_watched =
+            |&(at, shard): &(usize, usize)| inner.shards[shard].uffd.as_ref().is_none_or(|uffd| uffd.watches(at));
+        let all = wide.iter().all(is_watched);
+        let mappings = mappings(range)?;
         let was_asked =
             |seen: &Mapping| known.binary_search_by_key(&seen.range.start(), |asked| asked.range.start()).is_ok();
-        if all && watched.mappings.iter().all(was_asked) { Ok(watched) } else { Err(WatchError::Moving { range }) }
+        if all && mappings.iter().all(was_asked) {
+            Ok(Watched { shards, coverage, mappings })
+        } else {
+            Err(WatchError::Moving { range })
+        }
     }
 
     /// Runs `f` while no page of the range is watched, for mappings that must not inherit a watch. Every target over the range is invalidated,
@@ -249,7 +261,7 @@ impl Space {
         };
         for (piece, shard) in pieces {
             // One call stops at the first hole, so each mapping has its own.
-            let whole = |there: Vec<Mapping>| there.into_iter().map(|mapping| mapping.range).collect();
+            let whole = |there: Handful<Mapping>| there.iter().map(|mapping| mapping.range).collect();
             let there: Vec<_> = mappings(piece).map_or_else(|_| piece.pages_of().collect(), whole);
             there.into_iter().try_for_each(|part| self.unprotect_of(shard, part))?;
         }
@@ -293,8 +305,14 @@ fn no_hold(backing: Backing) -> Option<NoHoldReason> {
 
 /// The shard to try first: the one that has pages of it already, or that of its place.
 fn first_shard(ledger: &Ledger, mapping: &Mapping) -> usize {
-    let owner = || ledger.watched(mapping.range).next().map(|(_, watch)| watch.shard);
-    no_hold(mapping.backing).map_or_else(|| owner().unwrap_or(Inner::home(mapping.range)), |_| NO_HOLD)
+    if no_hold(mapping.backing).is_some() {
+        return NO_HOLD;
+    }
+    let home = Inner::home(mapping.range);
+    if ledger.is_free(mapping.range) {
+        return home;
+    }
+    ledger.watched(mapping.range).next().map_or(home, |(_, watch)| watch.shard)
 }
 
 enum Refusal {
@@ -305,13 +323,13 @@ enum Refusal {
 }
 
 impl Inner {
-    /// Watches the part of a mapping that was asked for, or as much more of it as is better, and returns the shard.
-    fn begin(&self, ledger: &mut Ledger, mapping: &Mapping, asked: WatchSpan) -> Result<usize, Refusal> {
+    /// Watches the part of a mapping that was asked for, or as much more of it as is better, and returns the shard and what was registered there.
+    fn begin(&self, ledger: &mut Ledger, mapping: &Mapping, asked: WatchSpan) -> Result<(usize, HostRange), Refusal> {
         let (piece, first) = (mapping.range, first_shard(ledger, mapping));
         let exact = |ledger: &mut Ledger| {
             let shard = self.register(ledger, piece, mapping.backing, first)?;
             ledger.watch_more(piece, Watch { shard, span: WatchSpan::Exact });
-            Ok(shard)
+            Ok((shard, piece))
         };
         // Refused for a part of a huge page. Of a file's pages the size isn't known where the pool is one that was mounted, or isn't the default one.
         let is_possible = (piece.start() | piece.len()).is_multiple_of(page_size_of(mapping.file));
@@ -330,7 +348,7 @@ impl Inner {
             match self.register(ledger, all, mapping.backing, first) {
                 Ok(shard) => {
                     ledger.watch(all, Watch { shard, span: WatchSpan::Mapping });
-                    return Ok(shard);
+                    return Ok((shard, all));
                 }
                 // Some of it is another's.
                 Err(Refusal::Never(_) | Refusal::Can(WatchError::Moving { .. })) => {}

@@ -77,6 +77,16 @@ pub(crate) struct Listed {
     news: Arc<News>,
 }
 
+/// Who is around an object. Those who come later are not on the block that is made then.
+pub(crate) struct Around {
+    /// The object with its neighbours in its window.
+    pub(crate) wide: HostRange,
+    /// The number of the newest in the window.
+    newest: u64,
+    /// The number of the newest over the addresses that the object needs, if it is not the only one.
+    pub(crate) company: Option<u64>,
+}
+
 /// What a block is told.
 #[derive(Default)]
 struct News {
@@ -129,16 +139,38 @@ impl Blocks {
         begin_before.into_iter().find(fits)
     }
 
-    /// The number of the newest object over these addresses, if the request's own is not the only one of its manager.
-    pub(crate) fn company(&self, request: &Request<'_>, program: HostRange) -> Option<u64> {
-        let (mut objects, mut newest) = (0, 0);
-        self.space.visit(program, |_, id, target| {
-            if target.group() == request.group {
+    /// The objects of the request's manager over these addresses of the program, and in the request's window.
+    pub(crate) fn around(&self, request: &Request<'_>, program: HostRange) -> Around {
+        let first = request.range.start() / WINDOW * WINDOW;
+        // A part takes no neighbours along: its whole is the one that is not to be taken.
+        let window = HostRange::new(first, WINDOW).ok().filter(|window| window.covers(request.range) && !request.part);
+        // Both have the object in them, so they are one piece.
+        let (start, end) = window.map_or((program.start(), program.end()), |window| {
+            (window.start().min(program.start()), window.end().max(program.end()))
+        });
+        let all = HostRange::new(start, end - start).expect("two ranges that overlap are one");
+        let mut around = Around { wide: request.range, newest: 0, company: None };
+        let (mut ranges, mut objects, mut newest) = (Vec::new(), 0, 0);
+        self.space.visit(all, |range, id, target| {
+            if target.group() != request.group {
+                return;
+            }
+            if window.is_some_and(|window| window.covers(range)) {
+                around.newest = id.max(around.newest);
+                if range != request.range {
+                    ranges.push(range);
+                }
+            }
+            if range.overlaps(program) {
                 objects += 1;
                 newest = id.max(newest);
             }
         });
-        (objects > 1).then_some(newest)
+        around.company = (objects > 1).then_some(newest);
+        if !ranges.is_empty() {
+            around.wide = joined(request.range, ranges);
+        }
+        around
     }
 
     /// Takes a place over these addresses of the program.
@@ -149,32 +181,18 @@ impl Blocks {
         Listed { blocks: Arc::clone(self), program, id, newest, news }
     }
 
-    /// The block of an object and its neighbours, watched and ready to be imported, and its place; `None` if the object stands alone, or is
-    /// a part: then its whole is the neighbour that is not to be taken.
-    pub(crate) fn neighbourhood(self: &Arc<Self>, request: &Request<'_>) -> Option<(HostRange, Listed)> {
-        if request.part {
-            return None;
-        }
-        let object = request.range;
-        let first = object.start() / WINDOW * WINDOW;
-        let window = HostRange::new(first, WINDOW).ok().filter(|window| window.covers(object))?;
-        let (mut ranges, mut newest) = (Vec::new(), 0);
-        self.space.visit(window, |range, id, target| {
-            if target.group() == request.group && window.covers(range) {
-                ranges.push(range);
-                newest = id.max(newest);
-            }
-        });
-        let wide = joined(object, ranges);
-        if wide == object {
+    /// The place of a block of an object and its neighbours, which are watched then and ready to be imported; `None` if the object stands alone.
+    pub(crate) fn neighbourhood(self: &Arc<Self>, request: &Request<'_>, around: &Around) -> Option<Listed> {
+        let wide = around.wide;
+        if wide == request.range {
             return None;
         }
         let before = mappings(wide).ok().filter(|mappings| are_alike(mappings, &request.mappings[0]))?;
-        let listed = self.list(wide, newest);
+        let listed = self.list(wide, around.newest);
         request.populate(wide, &before).ok()?;
         let watched = self.space.watch_as(wide, &before).ok()?;
         let whole = watched.coverage == Coverage::Watched && are_alike(&watched.mappings, &request.mappings[0]);
-        whole.then_some((wide, listed))
+        whole.then_some(listed)
     }
 
     fn alive(&self) -> MutexGuard<'_, BTreeMap<(usize, u64), Weak<Block>>> {

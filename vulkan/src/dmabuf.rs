@@ -16,6 +16,7 @@ use std::time::Duration;
 use ash::vk;
 use pinfold_core::dmabuf::{BufferSort, CpuAccess, DmaBuf, DmaBufPart, MemoryPart, Udmabuf, memory_file_of};
 use pinfold_core::{Access, DeviceError, HostRange, MirrorReason, Path, Request};
+use pinfold_invalidate::Handful;
 
 use crate::block::Block;
 use crate::budget::Share;
@@ -138,7 +139,7 @@ impl VulkanDevice {
     /// The import of an object that was registered for a dma-buf.
     pub(crate) fn import_registered(&self, request: &Request<'_>, part: &DmaBufPart) -> Result<Import, DeviceError> {
         match import_part(&self.gpu, request.range, part, request.access, request.label) {
-            Ok(piece) => Ok(imported(Path::DmaBuf, [piece].into())),
+            Ok(piece) => Ok(imported(Path::DmaBuf, Handful::one(piece))),
             Err(NotImported::Stop(error)) => Err(error),
             Err(NotImported::Refused { call, code }) => Err(self.gpu.failed(call, request.range, code)),
         }
@@ -155,7 +156,7 @@ impl VulkanDevice {
         let buffer = made.map_err(|_| refused("/dev/udmabuf"))?;
         let part = DmaBufPart { offset: 0, len: buffer.size(), buffer };
         let piece = import_part(&self.gpu, request.range, &part, request.access, request.label)?;
-        Ok(imported(Path::DmaBuf, [piece].into()))
+        Ok(imported(Path::DmaBuf, Handful::one(piece)))
     }
 
     /// Whether shared memory reaches this device as a dma-buf, found out by doing it; `Err` has the step that failed. What a report shows.

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use ash::vk;
 use pinfold_core::dmabuf::DmaBufPart;
 use pinfold_core::{Access, DeviceError, Path, Request};
-use pinfold_invalidate::{HostRange, Protection};
+use pinfold_invalidate::{Handful, HostRange, Protection};
 
 use crate::Timeline;
 use crate::alias::Alias;
@@ -36,7 +36,7 @@ pub struct Import {
     pub offset: vk::DeviceSize,
     /// How many of the object's bytes are in `buffer` from there on: all, unless there are several [`chunks`](Self::chunks).
     pub size: vk::DeviceSize,
-    chunks: Box<[Chunk]>,
+    chunks: Handful<Chunk>,
     path: Path,
     store: Store,
 }
@@ -56,7 +56,7 @@ pub struct Chunk {
 
 /// What keeps the buffers alive.
 pub(crate) enum Store {
-    Imported(Box<[ImportPiece]>),
+    Imported(Handful<ImportPiece>),
     Mirrored(Box<Mirror>),
 }
 
@@ -101,7 +101,7 @@ impl Import {
     /// The import whose chunks hold `sizes` bytes each, every one at the start of its buffer.
     pub(crate) fn new(path: Path, pieces: impl Iterator<Item = (vk::Buffer, u64)>, store: Store) -> Self {
         let mut at = 0;
-        let chunks: Box<[Chunk]> = pieces
+        let chunks: Handful<Chunk> = pieces
             .map(|(buffer, size)| {
                 let chunk = Chunk { at, buffer, offset: 0, size };
                 at += size;
@@ -212,7 +212,7 @@ pub(crate) fn import(
     request: &Request<'_>,
     alias: Option<(&Arc<Alias>, HostRange)>,
     usage: vk::BufferUsageFlags,
-) -> Result<Box<[ImportPiece]>, NotImported> {
+) -> Result<Handful<ImportPiece>, NotImported> {
     // An alias has no neighbours that rounding could reach: it is only made where none is needed.
     let (range, limits) = match alias {
         Some((_, part)) => (part, (part.start(), part.end())),
@@ -223,13 +223,13 @@ pub(crate) fn import(
         return Err(NotImported::Refused { call: "rounding out to minImportedHostPointerAlignment", code });
     };
     let ground = Ground { gpu, blocks, request, alias, usage };
-    cuts.iter().map(|cut| ground.piece(cut)).collect()
+    cuts.map(|cut| ground.piece(&cut)).collect()
 }
 
 /// The chunks of an import.
-pub(crate) fn imported(path: Path, pieces: Box<[ImportPiece]>) -> Import {
-    let chunks: Vec<_> = pieces.iter().map(|piece| (piece.buffer.raw, piece.size)).collect();
-    Import::new(path, chunks.into_iter(), Store::Imported(pieces))
+pub(crate) fn imported(path: Path, pieces: Handful<ImportPiece>) -> Import {
+    let chunks: Handful<_> = pieces.iter().map(|piece| (piece.buffer.raw, piece.size)).collect();
+    Import::new(path, chunks.iter().copied(), Store::Imported(pieces))
 }
 
 /// How far the request's range may be rounded out: not at all if the device writes, else to the ends of the outermost mappings.
@@ -250,7 +250,7 @@ struct Cut {
 
 /// `range` in pieces of at most `chunk` bytes whose bounds are multiples of `alignment`; inner bounds are multiples of `chunk`'s own
 /// alignment too, as far as it is a power of two. `None` if that needs bytes outside `room`.
-fn cut(range: HostRange, room: (usize, usize), alignment: u64, chunk: u64) -> Option<Vec<Cut>> {
+fn cut(range: HostRange, room: (usize, usize), alignment: u64, chunk: u64) -> Option<impl Iterator<Item = Cut>> {
     let (alignment, chunk) = (usize::try_from(alignment).ok()?, usize::try_from(chunk).ok()?);
     let start = range.start() / alignment * alignment;
     let end = range.end().checked_next_multiple_of(alignment)?;
@@ -258,14 +258,12 @@ fn cut(range: HostRange, room: (usize, usize), alignment: u64, chunk: u64) -> Op
         return None;
     }
     let edge = 1 << chunk.trailing_zeros();
-    let mut cuts = Vec::with_capacity((end - start) / chunk + 1);
     let mut at = start;
-    while at < end {
+    Some(std::iter::from_fn(move || {
         let next = ((at + chunk) / edge * edge).min(end);
-        cuts.push(Cut { memory: (at, next), object: (at.max(range.start()), next.min(range.end())) });
-        at = next;
-    }
-    Some(cuts)
+        let cut = Cut { memory: (at, next), object: (at.max(range.start()), next.min(range.end())) };
+        (std::mem::replace(&mut at, next) < end).then_some(cut)
+    }))
 }
 
 /// What all pieces of one import have in common.
@@ -286,13 +284,14 @@ impl Ground<'_> {
         let program = self.moved(imported, self.program_offset());
         let sharing = self.blocks.filter(|_| Blocks::shares(self.request) && !self.request.discarded);
         let _turn = sharing.and_then(|blocks| blocks.turn(self.request.range));
-        if let Some(blocks) = sharing {
-            if let Some(block) =
-                blocks.find(self.request, program, imported).filter(|block| block.suits(needs.memory_type_bits))
-            {
-                return self.put(buffer, block, cut);
-            }
-            if let Some((wide, listed)) = blocks.neighbourhood(self.request).filter(|(wide, _)| wide.covers(program)) {
+        let there = sharing.and_then(|blocks| blocks.find(self.request, program, imported));
+        if let Some(block) = there.filter(|block| block.suits(needs.memory_type_bits)) {
+            return self.put(buffer, block, cut);
+        }
+        let around = sharing.map(|blocks| (blocks, blocks.around(self.request, program)));
+        if let Some((blocks, around)) = &around {
+            let wide = around.wide;
+            if let Some(listed) = blocks.neighbourhood(self.request, around).filter(|_| wide.covers(program)) {
                 let through = self.moved(wide, self.program_offset().wrapping_neg());
                 let within = self.alias.is_none_or(|(alias, _)| alias.range().covers(through));
                 // What can't be had for all of them may still be had for one.
@@ -309,8 +308,7 @@ impl Ground<'_> {
         }
         // Pages that were only rounded out into are not watched, so nobody else may be put on them.
         let whole = self.request.range.covers(program);
-        let shared = sharing.filter(|_| whole);
-        let listed = shared.and_then(|blocks| Some(blocks.list(program, blocks.company(self.request, program)?)));
+        let listed = around.filter(|_| whole).and_then(|(blocks, around)| Some(blocks.list(program, around.company?)));
         let block = self.block((program, imported), needs.memory_type_bits, listed)?;
         self.put(buffer, block, cut)
     }
@@ -390,7 +388,8 @@ mod tests {
             [(16, 1, 1, 16), (17, 5, 4, 16), (15, 40, 4, 16), (16, 64, 1, 16), (31, 2, 16, 16), (3, 100, 2, 6)]
         {
             let range = range(first * page, pages);
-            let cuts = cut(range, (0, usize::MAX), (alignment * page) as u64, (chunk * page) as u64).unwrap();
+            let cuts = cut(range, (0, usize::MAX), (alignment * page) as u64, (chunk * page) as u64);
+            let cuts: Vec<_> = cuts.unwrap().collect();
             assert_eq!(cuts[0].object.0, range.start());
             assert_eq!(cuts.last().unwrap().object.1, range.end());
             for pair in cuts.windows(2) {
@@ -418,7 +417,7 @@ mod tests {
         let range = range(5 * page, 2);
         assert!(cut(range, (5 * page, 8 * page), alignment, alignment).is_none());
         assert!(cut(range, (4 * page, 7 * page), alignment, alignment).is_none());
-        assert_eq!(cut(range, (4 * page, 8 * page), alignment, alignment).unwrap().len(), 1);
+        assert_eq!(cut(range, (4 * page, 8 * page), alignment, alignment).unwrap().count(), 1);
     }
 
     #[test]
