@@ -206,10 +206,12 @@ impl<D: Device> Object<D> {
         effort: Effort,
     ) -> Result<Attempt, Error> {
         let space = &self.engine.space;
-        let patience = Instant::now() + effort.patience;
         let shards = if learnt.shards.is_empty() { Shards::ALL } else { learnt.shards };
-        if !space.wait_open_for(self.range, shards, patience) || !space.wait_settled(shards, patience) {
-            return Ok(Attempt::Crowded);
+        if !space.is_clear(self.range, shards) {
+            let patience = Instant::now() + effort.patience;
+            if !space.wait_open_for(self.range, shards, patience) || !space.wait_settled(shards, patience) {
+                return Ok(Attempt::Crowded);
+            }
         }
         if let Some(reserved) = &self.dmabuf {
             return self.take_dmabuf(reserved, noted, token, learnt);

@@ -106,9 +106,7 @@ struct Closed<'a>(&'a Inner);
 impl<'a> Closed<'a> {
     fn all(inner: &'a Inner) -> Self {
         INSIDE.set(true);
-        for shard in &inner.shards {
-            shard.gate.close();
-        }
+        inner.close(Shards::ALL);
         Self(inner)
     }
 }

@@ -41,6 +41,7 @@
 //! those who watch it; [`Space::mutate`] is for mutations known beforehand; [`on_event_path`] enforces the one rule of handlers.
 
 mod bracket;
+mod calm;
 mod dirty;
 mod dirty_log;
 mod event_path;

@@ -179,7 +179,7 @@ pub(crate) fn run(inner: &Arc<Inner>) {
 pub(crate) fn recover(inner: &Inner) {
     let _mark = EventPath::enter();
     let deadline = Instant::now() + inner.deadline();
-    inner.shards.iter().for_each(|shard| shard.gate.close());
+    inner.close(Shards::ALL);
     let late = !Shards::ALL.iter().all(|shard| inner.shards[shard].gate.wait_users(Some(deadline)));
     drain_log(inner);
     inner.shards.iter().for_each(Shard::removed);
@@ -200,9 +200,7 @@ pub(crate) fn recover(inner: &Inner) {
 fn round(inner: &Inner, readable: Shards, messages: &mut [Message], backlog: &mut Backlog) {
     let begun = Instant::now();
     let deadline = begun + inner.deadline();
-    for shard in readable.iter() {
-        inner.shards[shard].gate.close();
-    }
+    inner.close(readable);
     inner.monitor.closed.store(readable.0.into(), Ordering::Relaxed);
     // What the watchdog read in our place, with gates it closed for us.
     drain_log(inner);

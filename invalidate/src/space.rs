@@ -175,6 +175,11 @@ impl Shard {
         self.removes.load(Ordering::Acquire)
     }
 
+    /// See [`Uffd::is_settled`].
+    pub(crate) fn is_settled(&self) -> bool {
+        self.uffd.as_ref().is_none_or(Uffd::is_settled)
+    }
+
     /// Counts a discard that has been read and not yet been told.
     pub(crate) fn removed(&self) {
         self.removes.fetch_add(1, Ordering::Release);
@@ -189,6 +194,7 @@ pub(crate) struct Inner {
     deadline_ns: AtomicU64,
     pub(crate) fork: ForkMark,
     pub(crate) counters: Counters,
+    pub(crate) calm: crate::calm::Calm,
     pub(crate) monitor: monitor::Shared,
     pub(crate) watchdog: watchdog::Shared,
     /// For the settle thread: who to tell, what to write into the ledger.
@@ -272,6 +278,7 @@ impl Space {
             deadline_ns: AtomicU64::new(deadline_ns),
             fork: ForkMark::new(),
             counters: Counters::default(),
+            calm: crate::calm::Calm::default(),
             settling: ArrayQueue::new(QUEUE),
             happened: ArrayQueue::new(QUEUE),
             forgotten: AtomicBool::new(false),
@@ -350,12 +357,6 @@ impl Space {
     #[must_use]
     pub fn wait_open_for(&self, range: HostRange, shards: Shards, deadline: Instant) -> bool {
         shards.iter().all(|shard| self.gate(shard).wait_open_for(range, Some(deadline)))
-    }
-
-    /// Whether some mutation of memory in these shards is in flight: begun, and its mutator still waiting for us. Costs 0.3 µs a shard.
-    #[must_use]
-    pub fn is_busy(&self, shards: Shards) -> bool {
-        shards.iter().any(|shard| self.inner.shards[shard].uffd.as_ref().is_some_and(Uffd::is_busy))
     }
 
     /// The shard in which uses of a range are counted that nobody watches.

@@ -111,7 +111,7 @@ fn rescue(inner: &Inner, waiting: Shards) {
     for number in waiting.iter() {
         let shard = &inner.shards[number];
         let Some(uffd) = &shard.uffd else { continue };
-        shard.gate.close();
+        inner.close(Shards::one(number));
         shard.gate.wait_users(Some(Instant::now() + inner.deadline()));
         shard.gate.give_up();
         // Only as much is read as the log has room for: nothing that was read is ever lost.
