@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use pinfold_core::{Access, Device, Manager, State, Userptr, page_size};
+use pinfold_invalidate::mappings;
 use pinfold_tests::PATIENCE;
 use pinfold_tests::dma::DmaDevice;
 use pinfold_tests::fake::FakeDevice;
@@ -159,7 +160,6 @@ fn in_one_mapping(count: usize, pages: usize, object: impl Fn(usize) -> Range<us
     let manager = Manager::new(device.clone(), patient()).unwrap();
     let region = Region::untouched(Backing::Anonymous, pages).unwrap();
     region.fill(0..pages, 1).unwrap();
-    let idle = Holdings::now();
     let objects: Vec<_> = each("register", count, || {
         // SAFETY: no reference points into a region, and nothing is submitted.
         (0..count).map(|at| unsafe { manager.register(region.part(object(at)), Access::Read) }.unwrap()).collect()
@@ -174,7 +174,9 @@ fn in_one_mapping(count: usize, pages: usize, object: impl Fn(usize) -> Range<us
     });
     each("acquire again", count, || assert_eq!(manager.acquire(&all).unwrap().len(), count));
     assert_eq!(manager.stats().imports_made, objects.len() as u64, "nothing was taken twice");
-    assert!(Holdings::now().mappings < idle.mappings + 200, "watches of neighbours are one");
+    // Of this memory alone: sixty workers have stacks and arenas of their own, if the machine is slow enough for them.
+    let pieces = mappings(region.range()).unwrap().len();
+    assert!(pieces < 200, "watches of neighbours are one, and not {pieces}");
     each("find", count, || {
         for object in &objects {
             let found = manager.find(object.range().start()).unwrap();
