@@ -233,7 +233,7 @@ impl<D: Device> Object<D> {
             }
         }
         if discarded.is_none() {
-            populate(self.range, self.access, &before, effort.pages.left_to(self.engine.device()))?;
+            populate(self.range, self.access, &before, effort.pages)?;
         }
         let Some((watched, coverage, after)) = self.watch(&before)? else { return Ok(Attempt::Moved) };
         if !shards.covers(watched) {
@@ -426,7 +426,7 @@ impl<D: Device> Object<D> {
         if self.range.len() > limit || self.dmabuf.is_some() {
             return None;
         }
-        let pages = Presence::of(self.range, self.engine.device());
+        let pages = Presence::of(self.range);
         (pages != Presence::Unknown).then(|| Effort::here(pages))
     }
 }

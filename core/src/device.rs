@@ -282,18 +282,6 @@ pub trait Device: Send + Sync + 'static {
         0
     }
 
-    /// Whether an import by itself makes pages of private anonymous memory present that aren't, so that they need not be looked at before. No,
-    /// unless the device says otherwise. `true` is a promise about every import of such memory that the program may write:
-    /// 1. A page that is absent, swapped out or the page of zeros is replaced by what the program's own write would have put there, and taken; so is
-    ///    a page that another process shares since a `fork`.
-    /// 2. What can't be had, such as a guard page, a broken one, or a hole, ends in an error, and neither in a signal nor in an import without it.
-    ///
-    /// A driver that pins for writing keeps it; one that follows the page tables later, as a CPU driver does, can't. Pages of files and shared memory
-    /// are made present beforehand in any case, as once they are watched they would be mapped one by one.
-    fn faults_in(&self) -> bool {
-        false
-    }
-
     /// Takes a part of a dma-buf, for an object that was registered for one: `request.range` has its addresses, where nothing is mapped, and no
     /// mappings. What else is true of [`import`](Self::import) is true of this.
     ///

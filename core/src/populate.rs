@@ -5,7 +5,7 @@ use std::ptr;
 use nix::errno::Errno;
 use pinfold_invalidate::{Backing, HostRange, Mapping, Missing, is_all_there, missing};
 
-use crate::{Access, Device, Error};
+use crate::{Access, Error};
 
 // linux/mman.h, since Linux 5.14; not in the libc crate for every target.
 const MADV_POPULATE_READ: i32 = 22;
@@ -36,11 +36,10 @@ pub(crate) fn populate(range: HostRange, access: Access, mappings: &[Mapping], k
             // Whether a page may be written, or is the mapping's own, takes more to tell.
             _ => None,
         };
-        match what {
+        match what.filter(|_| known == Presence::There || mapping.range.pages() >= WORTH_A_LOOK) {
             Some(_) if known == Presence::There => {}
-            Some(Missing::Zero) if known == Presence::Left => {}
-            Some(what) if mapping.range.pages() >= WORTH_A_LOOK => missing(mapping.range, what, fault_in)?,
-            _ => fault_in(mapping.range)?,
+            Some(what) => missing(mapping.range, what, fault_in)?,
+            None => fault_in(mapping.range)?,
         }
     }
     Ok(())
@@ -85,23 +84,13 @@ pub(crate) enum Presence {
     There,
     /// They are in memory, so populating them does not wait for a disk.
     Resident,
-    /// It is left to the device to make those of private anonymous memory present ([`Device::faults_in`]).
-    Left,
     Unknown,
 }
 
 impl Presence {
-    /// What is to be thought of them if they are for `device`.
-    pub(crate) fn left_to(self, device: &impl Device) -> Self {
-        if device.faults_in() { Self::Left } else { self }
-    }
-
     /// Asks the kernel, once if the pages are there. Allocates nothing.
-    pub(crate) fn of(range: HostRange, device: &impl Device) -> Self {
-        if device.faults_in() {
-            // Pages of files, too, are in memory then; they are looked at when they are populated.
-            if is_resident(range) { Self::Left } else { Self::Unknown }
-        } else if is_all_there(range) {
+    pub(crate) fn of(range: HostRange) -> Self {
+        if is_all_there(range) {
             Self::There
         } else if is_resident(range) {
             Self::Resident
@@ -189,39 +178,6 @@ mod tests {
         assert!(populate().is_err(), "the first write would replace it");
         // SAFETY: the mapping just made, which no reference points into.
         unsafe { libc::munmap(at, len) };
-    }
-
-    #[test]
-    fn only_what_the_program_may_write_of_private_anonymous_memory_is_left_to_the_device() {
-        let (read, write) = (libc::PROT_READ, libc::PROT_READ | libc::PROT_WRITE);
-        let (private, shared) = (libc::MAP_PRIVATE, libc::MAP_SHARED);
-        // SAFETY: makes a descriptor; the name is a string with its end.
-        let file = unsafe { libc::memfd_create(c"populate".as_ptr(), libc::MFD_CLOEXEC) };
-        for pages in [1, 4 * WORTH_A_LOOK] {
-            let len = pages * page_size();
-            // SAFETY: the descriptor is a file of ours.
-            assert_eq!(unsafe { libc::ftruncate(file, len.cast_signed() as i64) }, 0);
-            for (protection, flags, file, left) in [
-                (write, private | libc::MAP_ANONYMOUS, -1, true),
-                (read, private | libc::MAP_ANONYMOUS, -1, false),
-                (write, shared | libc::MAP_ANONYMOUS, -1, false),
-                (write, private, file, false),
-                (write, shared, file, false),
-            ] {
-                // SAFETY: a new mapping anywhere; nothing is replaced.
-                let at = unsafe { libc::mmap(ptr::null_mut(), len, protection, flags, file, 0) };
-                assert_ne!(at, libc::MAP_FAILED);
-                let range = HostRange::from_ptr(at, len).unwrap();
-                REFUSALS.set(vec![Errno::EHWPOISON]);
-                let result = populate(range, Access::Read, &mappings(range).unwrap(), Presence::Left);
-                let asked = next_refusal().is_none();
-                assert_eq!((asked, result.is_err()), (!left, !left), "{pages} pages, {protection}, {flags}");
-                // SAFETY: the mapping just made, which no reference points into.
-                unsafe { libc::munmap(at, len) };
-            }
-        }
-        // SAFETY: the descriptor made above, which nobody else has.
-        unsafe { libc::close(file) };
     }
 
     #[test]

@@ -178,10 +178,6 @@ impl Device for DmaDevice {
         Ok(import)
     }
 
-    fn faults_in(&self) -> bool {
-        true // it pins for writing
-    }
-
     fn locked_bytes(&self, range: HostRange) -> u64 {
         range.len() as u64
     }

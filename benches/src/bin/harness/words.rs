@@ -105,7 +105,7 @@ pub(crate) fn reason(group: &str, name: &str) -> Option<&'static str> {
         (
             "pin",
             "acquire, cold",
-            "Ours also asks whether the pages are in memory, watches the range and looks at its mappings before and after; above 16 MiB a worker pins, maybe on another processor than the one that has had the pages",
+            "Ours also looks whether every page is there, which grows with the pages, watches the range and looks at its mappings before and after",
         ),
         (
             "import",
