@@ -36,7 +36,7 @@ impl Flights {
 
     /// In place of [`end`](Self::end) of a submit that the device was not given.
     pub(crate) fn refuse(&self) {
-        self.refused.fetch_add(1, Ordering::Relaxed);
+        self.refused.fetch_add(1, Ordering::Release); // pairs with the Acquire in `launched`
         self.end();
     }
 
@@ -47,7 +47,7 @@ impl Flights {
 
     /// How many the device has been given since the manager was made; one that is being checked counts as well, until it is refused.
     pub(crate) fn launched(&self) -> u64 {
-        let refused = self.refused.load(Ordering::Relaxed); // first, as above
+        let refused = self.refused.load(Ordering::Acquire); // first: what was refused had begun
         self.begun.load(Ordering::Relaxed).saturating_sub(refused)
     }
 

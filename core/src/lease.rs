@@ -41,6 +41,8 @@ struct Extra {
     written: Vec<(usize, Range<usize>)>,
     /// The device's mark of the uploads that the work has recorded.
     recorded: Vec<(usize, u64)>,
+    /// Leases of several managers were merged.
+    foreign: bool,
 }
 
 /// How the device sees one object of a lease. Dereferences to the device's import.
@@ -150,12 +152,19 @@ impl<D: Device> Lease<D> {
         }
     }
 
-    /// Puts the objects of `other` behind those of this lease, for one submit of several subsystems.
+    /// Puts the objects of `other` behind those of this lease, for one submit of several subsystems. A lease merged of those of several managers is
+    /// refused by [`submit`](Self::submit), as [`Error::Foreign`].
     pub fn merge(&mut self, other: Self) {
+        if let (Some(ours), Some(theirs)) = (self.held.first(), other.held.first())
+            && !theirs.handle.object.is_of(&ours.handle.object.engine)
+        {
+            self.extra.get_or_insert_default().foreign = true;
+        }
         if let Some(others) = other.extra {
             let (first, extra) = (self.held.len(), self.extra.get_or_insert_default());
             extra.written.extend(others.written.into_iter().map(|(index, part)| (first + index, part)));
             extra.recorded.extend(others.recorded.into_iter().map(|(index, mark)| (first + index, mark)));
+            extra.foreign |= others.foreign;
         }
         self.held.extend(other.held);
     }
@@ -166,7 +175,8 @@ impl<D: Device> Lease<D> {
     /// Waits, at most for two hold-offs, while memory in the same shards is changing hands. A submit that an earlier one waits for can't be made
     /// while that one is held off: put such submits into one, with their leases merged.
     ///
-    /// A panic of the closure counts as submitted: the work is retired by its signals, and unwinding goes on.
+    /// A panic of the closure counts as submitted: the work is retired by its signals, and unwinding goes on. After a panic of `signals` nobody knows
+    /// all of them, so the work never ends: what it uses is kept for good, and changes of that wait until the deadline.
     ///
     /// # Errors
     /// [`SubmitError::Stale`] and the others; nothing has been submitted then.
@@ -188,6 +198,9 @@ impl<D: Device> Lease<D> {
         underway.engine().check().map_err(SubmitError::Gone)?;
         if in_bracket() {
             return Err(SubmitError::Gone(Error::Nested));
+        }
+        if extra.as_ref().is_some_and(|extra| extra.foreign) {
+            return Err(SubmitError::Gone(Error::Foreign));
         }
         underway.inject();
         // Before the uses begin, so that a hold-off that gives up on them knows whose they are.

@@ -358,7 +358,7 @@ pub struct Stats {
     pub second_looks: u64,
     /// Acquisitions that failed.
     pub faults: u64,
-    /// Submits.
+    /// Submits. One that is still being checked counts as well, and no more if it is refused.
     pub submits: u64,
     /// Submits refused because a lease was stale.
     pub stale: u64,

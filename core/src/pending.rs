@@ -20,6 +20,7 @@ use crate::ending::Ending;
 use crate::engine::Engine;
 use crate::lease::{Held, Helds};
 use crate::notes::What;
+use crate::object::Handle;
 use crate::protocol::Uses;
 use crate::ticket::Retire;
 use crate::writes::Writes;
@@ -105,13 +106,38 @@ impl<D: Device> Underway<D> {
 
 impl<D: Device> Drop for Underway<D> {
     fn drop(&mut self) {
-        self.held.truncate(1);
-        let Some(Held { pin, mut handle, .. }) = self.held.pop() else { return };
+        if self.held.is_empty() {
+            return;
+        }
+        let Held { pin, handle, .. } = self.held.swap_remove(0);
+        let mut over = Over { handle, is_launched: self.is_launched };
+        let pin = pin; // so that it goes before `over` if what follows panics: wakers and device code may
+        self.held.clear();
         drop(pin);
-        handle.let_go();
+        over.handle.let_go();
+    }
+}
+
+/// The end of a submit, when all but its first object has been let go of.
+struct Over<D: Device> {
+    handle: Handle<D>,
+    is_launched: bool,
+}
+
+impl<D: Device> Drop for Over<D> {
+    fn drop(&mut self) {
         // Behind all that the device may be asked for, and before the engine itself is let go of.
-        let flights = &handle.object.engine.flights;
+        let flights = &self.handle.object.engine.flights;
         if self.is_launched { flights.end() } else { flights.refuse() }
+    }
+}
+
+/// Keeps a flight for good if not all of its signals could be followed: nobody knows when the device is done with what it names.
+struct KeptIfUnwound<'a, D: Device>(&'a Arc<Flight<D>>);
+
+impl<D: Device> Drop for KeptIfUnwound<'_, D> {
+    fn drop(&mut self) {
+        std::mem::forget(Arc::clone(self.0));
     }
 }
 
@@ -137,12 +163,14 @@ impl<D: Device> Flight<D> {
             underway: UntilLast(UnsafeCell::new(underway)),
         });
         let mut count = 0;
+        let kept = KeptIfUnwound(&flight);
         for signal in signals {
             count += 1;
             let ticket = Ticket::new(Arc::clone(&flight) as Arc<dyn Retire>);
             // SAFETY: `FOLLOWING` is taken off behind this loop.
             unsafe { flight.underway.get() }.engine().device().follow(signal.into(), ticket);
         }
+        std::mem::forget(kept);
         if flight.signal(FOLLOWING - count) {
             flight.finish();
         }
@@ -168,6 +196,15 @@ impl<D: Device> Flight<D> {
     }
 }
 
+/// Tells those who wait how it has ended, when it is dropped.
+struct Told<'a>(&'a Ending, Outcome);
+
+impl Drop for Told<'_> {
+    fn drop(&mut self) {
+        self.0.end(self.1);
+    }
+}
+
 impl<D: Device> Retire for Flight<D> {
     fn signal_one(&self, outcome: Outcome) -> bool {
         if outcome == Outcome::Lost {
@@ -178,6 +215,7 @@ impl<D: Device> Retire for Flight<D> {
 
     fn finish(&self) {
         let outcome = if self.lost.load(Ordering::Relaxed) { Outcome::Lost } else { Outcome::Done };
+        let told = Told(&self.ending, outcome); // also if what follows panics, which may be wakers and device code
         let over = Underway { held: Helds::new(), is_launched: true };
         // SAFETY: whoever took off the last has handed us the end, once.
         let underway = std::mem::replace(unsafe { self.underway.get_mut() }, over);
@@ -199,7 +237,7 @@ impl<D: Device> Retire for Flight<D> {
         }
         let lost = (outcome == Outcome::Lost && engine.device().is_lost()).then(|| Arc::clone(engine));
         drop(underway);
-        self.ending.end(outcome);
+        drop(told);
         if let Some(engine) = lost {
             engine.lose();
         }

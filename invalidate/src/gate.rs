@@ -59,11 +59,11 @@ pub struct Gate {
     fell: Futex,
 }
 
-// Of `flight`. 16 million uses under way and a million threads inside one shard are more than there can be; eras come back after a million
-// give-ups, each of which has waited for a deadline.
+// Of `flight`. Four million uses under way and 65,536 threads inside one shard, each for some dozen instructions, are more than there can be. An era
+// comes back after 67 million give-ups, each of which has waited for a deadline: 18 hours of them at a millisecond each, with one use late all the time.
 const USE: u64 = 1;
-const USER: u64 = 1 << 24;
-const ERA: u64 = 1 << 44;
+const USER: u64 = 1 << 22;
+const ERA: u64 = 1 << 38;
 
 /// The era a use began in; needed to end it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -318,12 +318,14 @@ impl<'a> Visit<'a> {
     }
 
     /// Goes on until it is [resumed](Self::resume).
+    #[doc(hidden)]
     #[inline]
     pub fn pause(self) {
         std::mem::forget(self);
     }
 
-    /// A visit of this gate that was [paused](Self::pause), once for each pause.
+    /// A visit of this gate that was [paused](Self::pause), once for each pause: who resumes what isn't paused takes somebody else off the count.
+    #[doc(hidden)]
     #[inline]
     pub fn resume(gate: &'a Gate) -> Self {
         Self { gate }

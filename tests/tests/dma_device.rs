@@ -134,12 +134,19 @@ fn pinned_at_hand_over() -> bool {
     (numbers.next(), numbers.next()) < (Some(6), Some(15))
 }
 
+/// So that a worker takes what an ordinary user may lock.
+fn a_page_at_once() -> Config {
+    let mut config = Config::default();
+    config.inline_limit = page_size(); // and 64 of them, where one object is waited for
+    config
+}
+
 #[test]
 fn pages_that_are_absent_or_zero_are_made_the_programs_own() {
     let device = device!();
-    let manager = Manager::new(device.clone(), Config::default()).expect("a manager");
+    let manager = Manager::new(device.clone(), a_page_at_once()).expect("a manager");
     // As many as the caller takes itself, and as many as a worker takes; a page that was only read is the page of zeros.
-    for pages in [4, 128, 8192] {
+    for pages in [4, 32, 512] {
         let region = Region::untouched(Backing::Anonymous, pages).expect("mapped");
         region.read(page_size(), 8).expect("readable");
         // SAFETY: no reference points into a region, which lives longer than the object.
@@ -157,8 +164,8 @@ fn pages_that_are_absent_or_zero_are_made_the_programs_own() {
 fn a_page_that_can_not_be_had_is_a_fault_and_the_end_of_nobody() {
     const MADV_GUARD_INSTALL: i32 = 102; // linux/mman.h, since Linux 6.13
     let device = device!();
-    let manager = Manager::new(device, Config::default()).expect("a manager");
-    for pages in [4, 128, 8192] {
+    let manager = Manager::new(device, a_page_at_once()).expect("a manager");
+    for pages in [4, 32, 512] {
         let region = Region::new(Backing::Anonymous, pages).expect("mapped");
         if let Err(e) = region.advise(pages / 2..pages / 2 + 1, MADV_GUARD_INSTALL) {
             skip!("this kernel has no guard pages: {e}");

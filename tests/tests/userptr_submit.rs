@@ -3,15 +3,22 @@
 mod userptr;
 
 use std::convert::Infallible;
+use std::future::Future;
+use std::iter;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::{Context, Wake, Waker};
 use std::thread;
 
 use pinfold_core::watch::{Note, NoteCause, WatchConfig};
-use pinfold_core::{Outcome, State, SubmitError, Userptr};
+use pinfold_core::{Error, Outcome, State, SubmitError, Userptr};
 use pinfold_tests::PATIENCE;
+use pinfold_tests::fake::{Answer, Call};
 use pinfold_tests::fence::Fence;
+use pinfold_tests::process::isolated;
 
-use userptr::scripted::{anonymous, lease, submit};
+use userptr::scripted::{anonymous, by_workers, lease, submit};
 use userptr::{Fake, alone, patient, register, wait_for_mutator};
 
 #[test]
@@ -110,6 +117,84 @@ fn a_closure_that_panics_may_have_submitted_and_is_waited_for() {
     });
     rig.device.wait_no_imports();
     assert_eq!(rig.manager.stats().in_flight, 0);
+}
+
+#[test]
+fn work_not_all_of_whose_signals_are_known_keeps_what_it_uses() {
+    isolated(|| {
+        let rig = Fake::new();
+        let region = anonymous(1);
+        let object = register(&rig.manager, region.range());
+        let (held, fence) = (lease(&rig, &object), Fence::new());
+        let id = held.view(0).id;
+        let signals = iter::once(fence.clone()).chain(iter::once_with(|| panic!("on purpose")));
+        let panicked = catch_unwind(AssertUnwindSafe(|| {
+            // SAFETY: nothing is submitted.
+            unsafe { held.submit(signals, || Ok::<_, Infallible>(())) }
+        }));
+        assert_eq!(panicked.unwrap_err().downcast_ref(), Some(&"on purpose"));
+        fence.signal(Outcome::Done);
+        assert_eq!((object.in_flight(), rig.manager.stats().in_flight), (1, 1), "the other signal hasn't come");
+        rig.manager.invalidate(object.range()).unwrap();
+        drop(object);
+        assert!(rig.device.is_live(id));
+        // Whoever unmaps it waits for the deadline, and so would the end of the manager.
+        std::mem::forget((rig, region));
+    })
+    .expect_return();
+}
+
+/// A waker that panics.
+struct Bomb;
+
+impl Wake for Bomb {
+    fn wake(self: Arc<Self>) {
+        panic!("on purpose");
+    }
+}
+
+#[test]
+fn a_panic_of_somebodys_waker_ends_the_work_all_the_same() {
+    let _alone = alone();
+    let rig = by_workers();
+    let region = anonymous(1);
+    let object = register(&rig.manager, region.range());
+    let fence = Fence::new();
+    let pending = submit(lease(&rig, &object), std::slice::from_ref(&fence)).unwrap();
+    // Somebody waits for the next acquisition, with a waker that panics; when the work is over, the object is nobody's and is closed.
+    rig.manager.invalidate(object.range()).unwrap();
+    rig.device.script(Call::Import, &[Answer::Hold]);
+    {
+        let asked = [&object];
+        let acquire = pin!(rig.manager.acquire_async(&asked));
+        assert!(acquire.poll(&mut Context::from_waker(&Waker::from(Arc::new(Bomb)))).is_pending());
+    }
+    rig.device.wait_held(1);
+    drop(object);
+    assert!(catch_unwind(AssertUnwindSafe(|| fence.signal(Outcome::Done))).is_err());
+    assert_eq!((pending.poll(), rig.manager.stats().in_flight), (Some(Outcome::Done), 0));
+    rig.device.let_go();
+    rig.device.wait_no_imports();
+}
+
+#[test]
+fn leases_of_several_managers_are_no_submit() {
+    let _alone = alone();
+    let (ours, theirs) = (Fake::new(), Fake::new());
+    let regions = [anonymous(1), anonymous(1)];
+    let objects = [register(&ours.manager, regions[0].range()), register(&theirs.manager, regions[1].range())];
+    let merged = || {
+        let (mut first, mut second) = (lease(&ours, &objects[0]), lease(&theirs, &objects[1]));
+        let mut all = lease(&ours, &objects[0]);
+        second.merge(lease(&theirs, &objects[1]));
+        first.merge(second);
+        all.merge(first);
+        all
+    };
+    assert!(matches!(submit(merged(), &[]), Err(SubmitError::Gone(Error::Foreign))));
+    assert!(objects.iter().all(|object| object.in_flight() == 0));
+    assert_eq!((ours.manager.stats().submits, ours.manager.stats().in_flight), (0, 0));
+    assert!(submit(lease(&ours, &objects[0]), &[]).is_ok());
 }
 
 #[test]
