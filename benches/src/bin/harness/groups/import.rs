@@ -61,6 +61,14 @@ fn cold(manager: &Manager, memory: &Memory) -> Result<f64> {
     Ok(time)
 }
 
+/// Microseconds to acquire an object that is valid.
+pub(crate) fn warm<D: Device>(manager: &pinfold_core::Manager<D>, object: &pinfold_core::Userptr<D>) -> Result<f64> {
+    let mut fine = true;
+    let time = wall(256, || fine &= manager.acquire(&[object]).is_ok());
+    ensure!(fine, "a valid object was not acquired");
+    Ok(time / 1e3)
+}
+
 /// The same by hand: no watching, no populating, no bookkeeping.
 fn by_hand(card: &Card, memory: &Memory) -> Result<f64> {
     let begun = Instant::now();
@@ -135,13 +143,7 @@ pub(crate) fn run(session: &mut Session, card: &Card) -> Result<()> {
     drop(manager.acquire_timeout(&[&object], PATIENCE)?);
     session.fact("path of private memory", object.path().map_or("none".into(), |path| format!("{path:?}")));
     session.fact("coverage of private memory", object.coverage().map_or("none".into(), |how| format!("{how:?}")));
-    let warm = || {
-        let mut fine = true;
-        let time = wall(256, || fine &= manager.acquire(&[&object]).is_ok());
-        ensure!(fine, "a valid object was not acquired");
-        Ok(time / 1e3)
-    };
-    let plan = Plan::new("acquire, warm, 1 MiB", "µs", Contender::new("pinfold", warm));
+    let plan = Plan::new("acquire, warm, 1 MiB", "µs", Contender::new("pinfold", || warm(&manager, &object)));
     session.measure(plan.against(Contender::new("import by hand", || by_hand(card, &memory)), Goal::ratio(1.10)))?;
 
     let again = || {
