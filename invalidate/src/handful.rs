@@ -3,40 +3,28 @@
 use std::fmt;
 use std::ops::Deref;
 
-/// A list that reads as a slice. Memory is allocated from the second thing on.
-#[derive(Clone)]
-pub struct Handful<T>(List<T>);
+use smallvec::SmallVec;
 
-#[derive(Clone)]
-enum List<T> {
-    One([T; 1]),
-    /// None, or several.
-    Other(Vec<T>),
-}
+/// A list that reads as a slice. Memory is allocated from the second thing on.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Handful<T>(SmallVec<[T; 1]>);
 
 impl<T> Handful<T> {
     /// A list of nothing.
     #[must_use]
-    pub const fn new() -> Self {
-        Self(List::Other(Vec::new()))
+    pub fn new() -> Self {
+        Self(SmallVec::new())
     }
 
     /// A list of one thing.
     #[must_use]
-    pub const fn one(thing: T) -> Self {
-        Self(List::One([thing]))
+    pub fn one(thing: T) -> Self {
+        Self(SmallVec::from_buf([thing]))
     }
 
     /// Puts a thing at the end.
     pub fn push(&mut self, thing: T) {
-        self.0 = match std::mem::replace(&mut self.0, List::Other(Vec::new())) {
-            List::Other(none) if none.is_empty() => List::One([thing]),
-            List::Other(mut all) => {
-                all.push(thing);
-                List::Other(all)
-            }
-            List::One([first]) => List::Other(vec![first, thing]),
-        };
+        self.0.push(thing);
     }
 }
 
@@ -51,20 +39,14 @@ impl<T> Deref for Handful<T> {
 
     #[inline]
     fn deref(&self) -> &[T] {
-        match &self.0 {
-            List::One(one) => one,
-            List::Other(all) => all,
-        }
+        &self.0
     }
 }
 
 impl<T> FromIterator<T> for Handful<T> {
     #[inline]
     fn from_iter<I: IntoIterator<Item = T>>(things: I) -> Self {
-        let mut things = things.into_iter();
-        let Some(first) = things.next() else { return Self::new() };
-        let Some(second) = things.next() else { return Self::one(first) };
-        Self(List::Other([first, second].into_iter().chain(things).collect()))
+        Self(things.into_iter().collect())
     }
 }
 
@@ -76,14 +58,6 @@ impl<'a, T> IntoIterator for &'a Handful<T> {
         self.iter()
     }
 }
-
-impl<T: PartialEq> PartialEq for Handful<T> {
-    fn eq(&self, other: &Self) -> bool {
-        **self == **other
-    }
-}
-
-impl<T: Eq> Eq for Handful<T> {}
 
 impl<T: fmt::Debug> fmt::Debug for Handful<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

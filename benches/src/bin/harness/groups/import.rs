@@ -51,7 +51,7 @@ pub(crate) fn settle<D: Device>(manager: &pinfold_core::Manager<D>) -> Result<()
 }
 
 /// Microseconds to register and acquire memory that the device hasn't seen, until its buffer can be named.
-fn cold(manager: &Manager, memory: &Memory) -> Result<f64> {
+pub(crate) fn cold<D: Device>(manager: &pinfold_core::Manager<D>, memory: &Memory) -> Result<f64> {
     let begun = Instant::now();
     let object = register(manager, memory, Access::Read)?;
     let lease = manager.acquire_timeout(&[&object], PATIENCE)?;

@@ -13,7 +13,7 @@ use pinfold_invalidate::Space;
 use pinfold_tests::dma::DmaDevice;
 
 use crate::clock::microseconds;
-use crate::groups::import::{KIB, MIB, PATIENCE, bytes, register, settle, wait_for_nobody_over, warm};
+use crate::groups::import::{KIB, MIB, PATIENCE, bytes, cold, register, settle, wait_for_nobody_over, warm};
 use crate::groups::limits::memlock;
 use crate::machine::memory_available;
 use crate::memory::Memory;
@@ -57,16 +57,10 @@ impl ByHand {
     }
 }
 
-/// Microseconds to register and acquire memory that the device hasn't seen. Ended are then the pin and the watch, so that neither the next sample nor the
-/// rival's pays for that.
-fn cold(by_hand: &ByHand, manager: &Manager<DmaDevice>, memory: &Memory) -> Result<f64> {
+/// As [`cold`] of `import`, after which the watch has ended, too, so that the rival doesn't pay for it.
+fn cold_after_a_pin(by_hand: &ByHand, manager: &Manager<DmaDevice>, memory: &Memory) -> Result<f64> {
     by_hand.pin_and_let_go(memory)?;
-    let begun = Instant::now();
-    let object = register(manager, memory, Access::Read)?;
-    let lease = manager.acquire_timeout(&[&object], PATIENCE)?;
-    let time = microseconds(begun.elapsed());
-    drop((lease, object));
-    settle(manager)?;
+    let time = cold(manager, memory)?;
     wait_for_nobody_over(memory)?;
     let left = Space::current().is_some_and(|space| space.is_watched(memory.range()));
     ensure!(!left, "a watch is left where no object is");
@@ -114,7 +108,7 @@ pub(crate) fn run(session: &mut Session) -> Result<()> {
             size if size > 64 * MIB => session.mode.pick(5, 9, 15),
             _ => 41,
         };
-        let ours = Contender::new("pinfold", || cold(&by_hand, &manager, &memory));
+        let ours = Contender::new("pinfold", || cold_after_a_pin(&by_hand, &manager, &memory));
         let plan = Plan::new(format!("acquire, cold, {}, on a device that pins", bytes(size)), "µs", ours);
         let plan = plan
             .against(Contender::new("pin by hand", || by_hand.pin(&memory)), Goal::ratio_plus(1.10, 2.0))
