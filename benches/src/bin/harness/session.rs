@@ -9,6 +9,8 @@
 //! **Protocol.** Each contender runs once unmeasured; then rounds follow until the time is used up or there are enough. After each row the report is
 //! written, so that whatever ends the program leaves a whole report of what is finished.
 
+mod plan;
+
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -18,7 +20,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::report::{Absent, Better, Curve, Fact, GoalOf, Group, Line, Report, Row};
+use plan::Stat;
+pub(crate) use plan::{Contender, Goal, Plan};
+
+use crate::report::{Absent, Better, Curve, Fact, Group, Line, Report, Row};
 use crate::stats::{Summary, growth_exponent, median, median_interval, percentile, six_figures};
 
 /// Names a part of a row's `group / name`: our side of such rows does its work twice for each sample. For testing that a slow-down is noticed.
@@ -31,152 +36,6 @@ pub(crate) static STOP: AtomicBool = AtomicBool::new(false);
 #[derive(Debug, thiserror::Error)]
 #[error("interrupted")]
 pub(crate) struct Interrupted;
-
-/// One way of doing something. A call does it and returns one or more values of the row's unit.
-pub(crate) struct Contender<'a> {
-    name: String,
-    run: Box<dyn FnMut() -> Result<Vec<f64>> + 'a>,
-}
-
-impl<'a> Contender<'a> {
-    /// One that gives one value a call.
-    pub(crate) fn new(name: &str, mut run: impl FnMut() -> Result<f64> + 'a) -> Self {
-        Self::many(name, move || Ok(vec![run()?]))
-    }
-
-    /// One that gives several values a call.
-    pub(crate) fn many(name: &str, run: impl FnMut() -> Result<Vec<f64>> + 'a) -> Self {
-        Self { name: name.into(), run: Box::new(run) }
-    }
-
-    pub(crate) fn rename(&mut self, name: &str) {
-        self.name = name.into();
-    }
-}
-
-/// What should be reached, by whom it is measured.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Goal {
-    pub(crate) of: GoalOf,
-    pub(crate) value: f64,
-    pub(crate) slack: f64,
-}
-
-impl Goal {
-    /// For ours / peer.
-    pub(crate) fn ratio(value: f64) -> Option<Self> {
-        Some(Self { of: GoalOf::Ratio, value, slack: 0.0 })
-    }
-
-    /// For ours, whatever the peer.
-    pub(crate) fn ours(value: f64) -> Option<Self> {
-        Some(Self { of: GoalOf::Ours, value, slack: 0.0 })
-    }
-
-    /// For (ours - slack) / peer.
-    pub(crate) fn ratio_plus(value: f64, slack: f64) -> Option<Self> {
-        Some(Self { of: GoalOf::Ratio, value, slack })
-    }
-}
-
-/// Which of a round's values stands for the round.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Stat {
-    Median,
-    P99,
-}
-
-/// A comparison to be made.
-pub(crate) struct Plan<'a> {
-    name: String,
-    unit: &'static str,
-    better: Better,
-    clock: &'static str,
-    placement: String,
-    stat: Stat,
-    control: bool,
-    /// Not a row, only a point of a curve.
-    quiet: bool,
-    rounds: Option<usize>,
-    /// The rounds are made, however long they take.
-    patient: bool,
-    ours: Contender<'a>,
-    ours_goal: Option<Goal>,
-    peers: Vec<(Contender<'a>, Option<Goal>)>,
-}
-
-impl<'a> Plan<'a> {
-    pub(crate) fn new(name: impl Into<String>, unit: &'static str, ours: Contender<'a>) -> Self {
-        Self {
-            name: name.into(),
-            unit,
-            better: Better::Lower,
-            clock: "wall",
-            placement: String::new(),
-            stat: Stat::Median,
-            control: false,
-            quiet: false,
-            rounds: None,
-            patient: false,
-            ours,
-            ours_goal: None,
-            peers: Vec::new(),
-        }
-    }
-
-    pub(crate) fn against(mut self, peer: Contender<'a>, goal: Option<Goal>) -> Self {
-        self.peers.push((peer, goal));
-        self
-    }
-
-    /// A goal that no peer has a part in. The row of the first peer carries it.
-    pub(crate) fn goal(mut self, goal: Option<Goal>) -> Self {
-        self.ours_goal = goal;
-        self
-    }
-
-    pub(crate) fn higher_is_better(mut self) -> Self {
-        self.better = Better::Higher;
-        self
-    }
-
-    pub(crate) fn clock(mut self, clock: &'static str) -> Self {
-        self.clock = clock;
-        self
-    }
-
-    pub(crate) fn placement(mut self, text: impl Into<String>) -> Self {
-        self.placement = text.into();
-        self
-    }
-
-    pub(crate) fn p99(mut self) -> Self {
-        self.stat = Stat::P99;
-        self
-    }
-
-    pub(crate) fn control(mut self) -> Self {
-        self.control = true;
-        self
-    }
-
-    pub(crate) fn quiet(mut self) -> Self {
-        self.quiet = true;
-        self
-    }
-
-    /// At most so many rounds: for what takes long.
-    pub(crate) fn at_most(mut self, rounds: usize) -> Self {
-        self.rounds = Some(rounds);
-        self
-    }
-
-    /// Exactly so many rounds, in every mode: for what takes long and differs much from one round to the next.
-    pub(crate) fn exactly(mut self, rounds: usize) -> Self {
-        (self.rounds, self.patient) = (Some(rounds), true);
-        self
-    }
-}
 
 /// Medians of a comparison by contender, ours first.
 pub(crate) type Medians = Vec<(String, f64)>;
