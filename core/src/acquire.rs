@@ -91,6 +91,14 @@ struct Learnt<D: Device> {
     restore: Option<On<D>>,
 }
 
+impl<D: Device> Learnt<D> {
+    /// Gives back what an attempt that failed has left for the next.
+    fn let_go(&mut self) {
+        self.prepared = None;
+        self.charge = None;
+    }
+}
+
 impl<D: Device> Object<D> {
     /// What a worker does with a queued object. `token` tells whether it is still *the* work of the object.
     pub(crate) fn work(self: &Arc<Self>, token: u64, cancelled: bool) {
@@ -149,6 +157,7 @@ impl<D: Device> Object<D> {
                 Ok(Attempt::Anew) => anew += 1,
                 Err(error) if self.made_room(&error, token, &mut learnt) => anew = 0,
                 Err(error) => {
+                    learnt.let_go(); // first: who is told finds the room that this would have taken, and nothing left open
                     if self.fault(noted, token, error) {
                         self.wake();
                         return false;
@@ -158,6 +167,9 @@ impl<D: Device> Object<D> {
             }
             self.engine.counters.retries.fetch_add(1, Ordering::Relaxed);
             let spent = moved >= effort.attempts || anew > ATTEMPTS;
+            if spent {
+                learnt.let_go();
+            }
             match self.reclaim(noted, token, spent) {
                 Some(again) => noted = again,
                 None => {

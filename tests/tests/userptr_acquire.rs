@@ -4,14 +4,15 @@ mod userptr;
 
 use std::future::Future;
 use std::pin::pin;
-use std::task::{Context, Waker};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Wake, Waker};
 use std::thread;
 use std::time::Duration;
 
-use pinfold_core::{DeviceError, Error, Outcome, State};
+use pinfold_core::{DeviceError, Error, Manager, Outcome, State};
 use pinfold_invalidate::page_size;
 use pinfold_tests::PATIENCE;
-use pinfold_tests::fake::{Answer, Call};
+use pinfold_tests::fake::{Answer, Call, FakeDevice};
 use pinfold_tests::fence::Fence;
 use pinfold_tests::memory::{Backing, Region};
 
@@ -389,4 +390,62 @@ fn a_prefetch_waits_for_nothing_and_the_acquire_after_it_is_a_hit() {
     assert_eq!(rig.manager.acquire(&[&one]).unwrap_err().errno(), libc::EPERM);
     let nested = rig.manager.mutate(&[one.range()], || rig.manager.prefetch(&[&one]).unwrap_err()).unwrap();
     assert!(matches!(nested, Error::Nested));
+}
+
+// ---- how a failure is told ---------------------------------------------------------------------------------------------------------------
+
+/// Looks at how many imports are counted, on the thread that tells of an acquisition's end and while it tells.
+struct Look(Arc<Manager<FakeDevice>>, Mutex<Vec<u64>>);
+
+impl Wake for Look {
+    fn wake(self: Arc<Self>) {
+        self.1.lock().unwrap().push(self.0.stats().imports);
+    }
+}
+
+/// Has a worker acquire an object of one page, and does `meanwhile` what makes it fail.
+fn counted_when_told(device: FakeDevice, meanwhile: impl FnOnce(&Region)) {
+    let mut config = patient();
+    config.inline_limit = 0;
+    let manager = Arc::new(Manager::new(device, config).unwrap());
+    let region = Region::new(Backing::Anonymous, 1).unwrap();
+    let object = register(&manager, region.range());
+    let look = Arc::new(Look(Arc::clone(&manager), Mutex::default()));
+    let objects = [&object];
+    let mut acquire = pin!(manager.acquire_async(&objects));
+    assert!(acquire.as_mut().poll(&mut Context::from_waker(&Waker::from(Arc::clone(&look)))).is_pending());
+    meanwhile(&region);
+    wait_until("the end of the acquisition", || !look.1.lock().unwrap().is_empty());
+    assert_ne!(object.state().unwrap(), State::Valid);
+    assert_eq!(*look.1.lock().unwrap(), [0]);
+}
+
+#[test]
+fn what_a_failed_acquisition_was_counted_with_is_room_before_anybody_is_told() {
+    let _alone = alone();
+    let device = FakeDevice::new();
+    device.script(Call::Import, &[Answer::Hold, Answer::Fault(libc::EPERM)]);
+    counted_when_told(device.clone(), |_| {
+        device.wait_held(1);
+        device.let_go();
+    });
+}
+
+#[test]
+fn what_an_acquisition_that_was_given_up_was_counted_with_is_room_before_anybody_is_told() {
+    let _alone = alone();
+    let device = FakeDevice::new();
+    // A worker's attempts, in each of which the mapping isn't the same before and after.
+    const ATTEMPTS: usize = 8;
+    device.script(Call::Prepare, &[Answer::Hold, Answer::Fine].repeat(ATTEMPTS));
+    counted_when_told(device.clone(), |region| {
+        for attempt in 1..=ATTEMPTS {
+            wait_until("the next attempt", || device.counts().prepared == attempt);
+            device.wait_held(1);
+            let write = if attempt % 2 == 0 { libc::PROT_WRITE } else { 0 };
+            region.protect(0..1, libc::PROT_READ | write).unwrap();
+            device.let_go();
+        }
+    });
+    assert_eq!(device.counts().prepared, ATTEMPTS);
 }
