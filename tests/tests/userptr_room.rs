@@ -1,16 +1,20 @@
-//! What may be pinned is limited: idle objects make room, oldest first; those that are used never do. And what is kept ready comes back by itself.
+//! What may be pinned is limited: idle objects make room, oldest first; those that are used never do.
 
 #[macro_use]
 mod userptr;
 
+use std::future::Future;
+use std::pin::pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
+use std::task::{Context, Wake, Waker};
 use std::thread;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use pinfold_core::watch::{Note, NoteCause, UserptrEvent, WatchConfig};
-use pinfold_core::{Access, Device, Error, Lease, Manager, Outcome, State, Userptr, page_size};
-use pinfold_invalidate::{Cause, Change, Shards, Space, Target};
+use pinfold_core::{Access, Error, Manager, Outcome, State, Userptr, page_size};
+use pinfold_invalidate::{Cause, Change, HostRange, Shards, Space, Target};
 use pinfold_tests::PATIENCE;
 use pinfold_tests::dma::DmaDevice;
 use pinfold_tests::fake::{Answer, Call, FakeDevice};
@@ -19,35 +23,8 @@ use pinfold_tests::memory::{Backing, Region};
 use pinfold_tests::process::isolated;
 use pinfold_tests::{leaks, skip};
 
+use userptr::budget::{is_budget, lease, valid, with_budget};
 use userptr::{Fake, alone, device_sees, filled, patient, program_sees, register, wait_until};
-
-/// A budget of so many pages, and one-page objects over a region of so many.
-fn with_budget(budget: usize, objects: usize) -> (Fake, Region, Vec<Userptr<FakeDevice>>) {
-    let mut config = patient();
-    config.budget = (budget * page_size()) as u64;
-    let rig = Fake::with(config);
-    let region = Region::new(Backing::Anonymous, objects).unwrap();
-    let objects = (0..objects).map(|page| register(&rig.manager, region.part(page..page + 1))).collect();
-    (rig, region, objects)
-}
-
-fn lease<D: Device>(manager: &Manager<D>, object: &Userptr<D>) -> Lease<D> {
-    manager.acquire_timeout(&[object], PATIENCE).unwrap()
-}
-
-/// Which objects are valid, one letter each.
-fn valid(objects: &[Userptr<FakeDevice>]) -> String {
-    objects.iter().map(|object| if object.state().unwrap() == State::Valid { 'V' } else { '-' }).collect()
-}
-
-fn is_budget<T>(result: Result<T, Error>, needed: usize, left: usize) {
-    match result.map(drop).expect_err("no room") {
-        Error::Budget { needed: said, available, .. } => {
-            assert_eq!((said, available), ((needed * page_size()) as u64, (left * page_size()) as u64));
-        }
-        error => panic!("{error}"),
-    }
-}
 
 #[test]
 fn the_least_recently_used_object_makes_room_and_its_next_acquire_is_a_new_import() {
@@ -188,18 +165,25 @@ impl Target for Halt {
     }
 }
 
+/// Returns when the thread that takes stale pages out of their objects is done with those that are stale by now. It halts there, until what is
+/// returned is dropped.
+fn halt_settling(elsewhere: HostRange) -> Sender<()> {
+    let ((came, has_come), (go, waits)) = (channel(), channel());
+    let space = Space::get(PATIENCE).unwrap();
+    space.insert(elsewhere, u64::MAX, Arc::new(Halt { came, go: Mutex::new(waits) }));
+    space.invalidate(elsewhere, Cause::Manual).unwrap();
+    has_come.recv_timeout(PATIENCE).unwrap();
+    space.remove(elsewhere, u64::MAX);
+    go
+}
+
 #[test]
 fn pages_that_nobody_has_taken_out_yet_are_room_and_no_eviction() {
     let _alone = alone();
     let (rig, region, objects) = with_budget(1, 3);
     let notes = rig.manager.watch(WatchConfig::default()).unwrap();
     drop(lease(&rig.manager, &objects[0]));
-    let ((came, has_come), (go, waits)) = (channel(), channel());
-    let (space, elsewhere) = (Space::get(PATIENCE).unwrap(), region.part(2..3));
-    space.insert(elsewhere, u64::MAX, Arc::new(Halt { came, go: Mutex::new(waits) }));
-    space.invalidate(elsewhere, Cause::Manual).unwrap();
-    has_come.recv_timeout(PATIENCE).unwrap();
-
+    let go = halt_settling(region.part(2..3));
     rig.manager.invalidate(objects[0].range()).unwrap();
     assert_eq!(rig.device.live_imports(), 1, "it would be taken out behind what waits");
     drop(lease(&rig.manager, &objects[1]));
@@ -208,7 +192,109 @@ fn pages_that_nobody_has_taken_out_yet_are_room_and_no_eviction() {
     let told = |note: &Note| matches!(note, Note::Userptr(note) if note.cause == NoteCause::Evicted);
     assert_eq!(notes.notes().find(told), None);
     drop(go);
-    space.remove(elsewhere, u64::MAX);
+}
+
+/// As many acquisitions as there are at a time.
+const WORKERS: usize = 64;
+
+/// Workers that are kept where they tell of a failed acquisition, until this is dropped.
+struct Busy(Arc<Door>, Vec<Userptr<FakeDevice>>, #[expect(dead_code, reason = "the objects lie over it")] Region);
+
+#[derive(Default)]
+struct Door {
+    inside: AtomicUsize,
+    open: Mutex<bool>,
+    opened: Condvar,
+}
+
+impl Wake for Door {
+    fn wake(self: Arc<Self>) {
+        self.inside.fetch_add(1, Ordering::Relaxed);
+        drop(self.opened.wait_while(self.open.lock().unwrap(), |open| !*open).unwrap());
+    }
+}
+
+impl Busy {
+    fn new(rig: &Fake, workers: usize) -> Self {
+        let region = Region::untouched(Backing::Anonymous, workers).unwrap(); // so that it is a worker's work
+        let objects: Vec<_> = (0..workers).map(|page| register(&rig.manager, region.part(page..page + 1))).collect();
+        rig.device.script(Call::Prepare, &[Answer::Hold].repeat(workers));
+        rig.device.script(Call::Prepare, &[Answer::Fault(libc::EPERM)].repeat(workers));
+        let door = Arc::new(Door::default());
+        let waker = Waker::from(Arc::clone(&door));
+        for object in &objects {
+            let objects = [object];
+            let acquire = pin!(rig.manager.acquire_async(&objects));
+            assert!(acquire.poll(&mut Context::from_waker(&waker)).is_pending());
+        }
+        rig.device.wait_held(workers);
+        rig.device.let_go();
+        wait_until("the workers", || door.inside.load(Ordering::Relaxed) == workers);
+        Self(door, objects, region)
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        *self.0.open.lock().unwrap() = true;
+        self.0.opened.notify_all();
+        self.1.clear();
+    }
+}
+
+#[test]
+fn pages_that_no_worker_has_come_to_give_back_are_room_before_anybody_is_evicted() {
+    let _alone = alone();
+    let (rig, region, objects) = with_budget(2, 4);
+    let _busy = Busy::new(&rig, WORKERS);
+    drop(lease(&rig.manager, &objects[0]));
+    let used = lease(&rig.manager, &objects[1]);
+    rig.manager.invalidate(objects[1].range()).unwrap();
+    drop(halt_settling(region.part(3..4)));
+    drop(used);
+    drop(lease(&rig.manager, &objects[2]));
+    assert_eq!((valid(&objects).as_str(), rig.manager.stats().evicted), ("V-V-", 0));
+}
+
+#[test]
+fn pages_that_are_let_go_of_while_somebody_waits_for_room_are_his() {
+    let _alone = alone();
+    let (rig, region, objects) = with_budget(2, 4);
+    let behind = Region::untouched(Backing::Anonymous, 1).unwrap();
+    let behind = register(&rig.manager, behind.range());
+    let _busy = Busy::new(&rig, WORKERS - 1);
+    let used = lease(&rig.manager, &objects[0]);
+    rig.manager.invalidate(objects[0].range()).unwrap();
+    drop(halt_settling(region.part(3..4)));
+    rig.device.script(Call::Import, &[Answer::Hold]);
+    objects[1].keep_ready();
+    rig.device.wait_held(1);
+    thread::scope(|scope| {
+        let (tell, told) = channel();
+        let (rig, objects) = (&rig, &objects);
+        let asks = scope.spawn(move || {
+            tell.send(nix::unistd::gettid()).unwrap();
+            lease(&rig.manager, &objects[2])
+        });
+        let asks_as = told.recv_timeout(PATIENCE).unwrap();
+        wait_until("somebody who is short", || rig.manager.stats().short > 0);
+        // It has found nothing, and waits for what is being restored.
+        wait_until("its sleep", || is_asleep(asks_as));
+        // The worker that this sets free goes there, and not to what is dead.
+        rig.device.script(Call::Prepare, &[Answer::Hold]);
+        assert!(rig.manager.acquire(&[&behind]).unwrap_err().is_again());
+        drop(used);
+        rig.device.let_go();
+        drop(asks.join().unwrap());
+    });
+    assert_eq!((valid(&objects).as_str(), rig.manager.stats().evicted), ("-VV-", 0));
+    rig.device.wait_held(1);
+    rig.device.let_go();
+}
+
+fn is_asleep(thread: nix::unistd::Pid) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/self/task/{thread}/stat")).unwrap();
+    stat.rsplit(')').next().unwrap().trim_start().starts_with('S')
 }
 
 #[test]
@@ -281,124 +367,6 @@ fn threads_that_share_too_small_a_budget_all_get_their_turn() {
     drop(objects);
     rig.device.wait_no_imports();
     assert_eq!(rig.device.counts().dropped, 0);
-}
-
-#[test]
-fn an_object_that_is_kept_ready_is_valid_again_without_being_asked_for() {
-    let _alone = alone();
-    let (rig, region, objects) = with_budget(100, 1);
-    let object = &objects[0];
-    object.keep_ready();
-    wait_until("the first acquisition", || object.state().unwrap() == State::Valid);
-    let acquires = rig.manager.stats().acquires;
-    for round in 0..3_u8 {
-        let generation = object.generation().unwrap();
-        region.map_over(0..1).unwrap();
-        region.fill(0..1, round + 1).unwrap();
-        rig.manager.invalidate(region.range()).unwrap();
-        assert!(object.generation().unwrap() > generation);
-        wait_until("the restore", || object.state().unwrap() == State::Valid);
-        let imports = rig.manager.stats().imports_made;
-        assert_eq!(device_sees(&rig, object), [filled(round + 1)]);
-        assert_eq!(rig.manager.stats().imports_made, imports, "the acquire was a hit");
-    }
-    wait_until("the count", || rig.manager.stats().restored >= 4); // it comes after the state
-    let stats = rig.manager.stats();
-    assert_eq!((stats.acquires, stats.restore_failures), (acquires + 3, 0), "{stats:?}");
-
-    rig.manager.shrink(u64::MAX);
-    wait_until("the restore after an eviction", || object.state().unwrap() == State::Valid);
-    object.let_rest();
-    rig.manager.shrink(u64::MAX);
-    assert_eq!(object.state().unwrap(), State::Invalid);
-    let (restored, imports) = (rig.manager.stats().restored, rig.manager.stats().imports_made);
-    drop(lease(&rig.manager, object));
-    assert_eq!((rig.manager.stats().restored, rig.manager.stats().imports_made), (restored, imports + 1));
-}
-
-#[test]
-fn a_restore_that_faults_is_told_to_nobody_and_rests_until_somebody_asks() {
-    let _alone = alone();
-    let (rig, region, objects) = with_budget(100, 1);
-    let object = &objects[0];
-    object.keep_ready();
-    wait_until("the first acquisition", || object.state().unwrap() == State::Valid);
-    region.unmap_all().unwrap();
-    wait_until("the failed restore", || rig.manager.stats().restore_failures > 0);
-    wait_until("the fault", || object.state().unwrap() == State::Faulted);
-    region.map_over(0..1).unwrap();
-    // Not the stored fault, but what is there now.
-    assert_eq!(device_sees(&rig, object), [0]);
-    region.map_over(0..1).unwrap();
-    wait_until("the next restore", || object.state().unwrap() == State::Valid);
-}
-
-#[test]
-fn a_restore_evicts_nobody_and_comes_when_there_is_room() {
-    let _alone = alone();
-    let (rig, _region, objects) = with_budget(1, 2);
-    drop(lease(&rig.manager, &objects[0]));
-    objects[1].keep_ready();
-    wait_until("a failed restore", || rig.manager.stats().restore_failures > 0);
-    assert_eq!((valid(&objects).as_str(), rig.manager.stats().evicted), ("V-", 0));
-    rig.manager.shrink(u64::MAX);
-    wait_until("the restore", || objects[1].state().unwrap() == State::Valid);
-    // Whoever asks goes first all the same.
-    drop(lease(&rig.manager, &objects[0]));
-    assert_eq!(rig.manager.stats().evicted, 1);
-}
-
-#[test]
-fn whoever_asks_while_another_is_being_restored_takes_the_pages_that_it_gets() {
-    let _alone = alone();
-    let (rig, _region, objects) = with_budget(1, 2);
-    rig.device.script(Call::Import, &[Answer::Hold]);
-    objects[1].keep_ready();
-    rig.device.wait_held(1);
-    thread::scope(|scope| {
-        // There is no room, and nothing to be evicted: what is there is being taken by somebody whom nobody has asked for.
-        let asks = scope.spawn(|| lease(&rig.manager, &objects[0]));
-        wait_until("somebody who is short", || rig.manager.stats().short > 0);
-        rig.device.let_go();
-        drop(asks.join().unwrap());
-    });
-    assert_eq!((valid(&objects).as_str(), rig.manager.stats().evicted), ("V-", 1));
-}
-
-#[test]
-fn what_is_kept_ready_takes_no_room_while_somebody_is_short() {
-    let _alone = alone();
-    let (rig, _region, objects) = with_budget(2, 4);
-    let used = lease(&rig.manager, &objects[0]);
-    rig.device.script(Call::Import, &[Answer::Hold]);
-    objects[3].keep_ready();
-    rig.device.wait_held(1);
-    thread::scope(|scope| {
-        let asks = scope.spawn(|| lease(&rig.manager, &objects[1]));
-        wait_until("somebody who is short", || rig.manager.stats().short > 0);
-        // There is room for one more now, but not for who comes unasked.
-        drop(used);
-        rig.manager.shrink(u64::MAX);
-        objects[2].keep_ready();
-        wait_until("a restore that finds no room", || rig.manager.stats().restore_failures > 0);
-        rig.device.let_go();
-        drop(asks.join().unwrap());
-    });
-    wait_until("the first restore", || objects[3].state().unwrap() == State::Valid);
-    assert_eq!(valid(&objects), "-V-V");
-}
-
-#[test]
-fn who_acquires_while_it_is_being_restored_adopts_it_and_is_told_its_failure() {
-    let _alone = alone();
-    let (rig, _region, objects) = with_budget(100, 1);
-    rig.device.script(Call::Import, &[Answer::Hold, Answer::Fault(libc::EPERM)]);
-    objects[0].keep_ready();
-    rig.device.wait_held(1);
-    assert!(rig.manager.acquire(&[&objects[0]]).unwrap_err().is_again());
-    rig.device.let_go();
-    assert_eq!(rig.manager.acquire_timeout(&[&objects[0]], PATIENCE).unwrap_err().errno(), libc::EPERM);
-    assert_eq!(rig.manager.stats().restore_failures, 0);
 }
 
 /// Lets this process lock so many pages. `false` where that changes nothing, or nothing can be locked.

@@ -2,6 +2,7 @@
 //! down once and asked of each device.
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test program uses its own part of this")]
 
+pub mod budget;
 pub mod change;
 pub mod executor;
 pub mod igt;
