@@ -179,6 +179,35 @@ fn a_post_after_the_end_was_seen_stores_nothing() {
     });
 }
 
+#[test]
+fn a_mark_beside_the_end_comes_before_it_or_not_at_all() {
+    loom::model(|| {
+        let ring = ring(1);
+        assert_eq!(post(&ring, 0), Push::Stored);
+        let writer = {
+            let ring = Arc::clone(&ring);
+            thread::spawn(move || post(&ring, 1))
+        };
+        ring.close();
+        let mut got = std::iter::from_fn(|| take(&ring)).collect::<Vec<_>>();
+        let ended = ring.next().end;
+        let pushed = writer.join().expect("the writer");
+        let late = std::iter::from_fn(|| take(&ring)).collect::<Vec<_>>();
+        assert!(!ended || late.is_empty(), "after the end: {late:?}");
+        got.extend(late);
+        let expected = match pushed {
+            Push::Stored => vec![Some(0), Some(1)],
+            Push::Full(_) => vec![Some(0), None],
+            pushed => {
+                assert_eq!(pushed, Push::Defunct);
+                vec![Some(0)]
+            }
+        };
+        assert_eq!(got, expected);
+        assert!(ring.next().end);
+    });
+}
+
 /// Posts beside a reader that arms, and if there is something, takes it and arms again.
 fn rung(posts: u64) {
     let ring = ring(2);

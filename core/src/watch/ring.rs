@@ -261,7 +261,7 @@ impl Ring {
                     // The ring was full after `head` was read, so the mark wasn't reported before that.
                     Push::Covered
                 } else {
-                    // Relaxed: the reader takes nothing from it. If `head` has moved meanwhile, there may be room again.
+                    // Relaxed: the reader takes nothing from it. If `head` has moved meanwhile, there may be room again, or the end.
                     match at_head.compare_exchange_weak(head, head | LOST, Ordering::Relaxed, Ordering::Acquire) {
                         Ok(_) => Push::Full(position),
                         Err(now) => {
