@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use ash::{ext, vk};
-use pinfold_vulkan::{DeviceContext, requirements};
+use pinfold_vulkan::{DeviceContext, Timeline, requirements};
 
 use super::scan::Scan;
 use super::{Driver, Job, Scratch};
@@ -31,8 +31,10 @@ struct Inner {
     queue: Mutex<vk::Queue>,
     /// The pool, held while something is recorded from it.
     pool: Mutex<vk::CommandPool>,
-    /// Semaphores of finished jobs. The library may still be looking at them, so they go with the device.
+    /// All semaphores. The library may still be looking at those of finished jobs, so they go with the device.
     semaphores: Mutex<Vec<vk::Semaphore>>,
+    /// Those of finished jobs, each with the value to be signalled next.
+    spare: Mutex<Vec<Timeline>>,
     scan: Scan,
 }
 
@@ -97,6 +99,7 @@ impl Gpu {
             queue: Mutex::new(queue),
             pool: Mutex::new(pool),
             semaphores: Mutex::default(),
+            spare: Mutex::default(),
             scan,
         })))
     }
@@ -160,13 +163,26 @@ impl Gpu {
         std::mem::take(&mut self.0.messages.lock().expect("nothing panics under this lock"))
     }
 
-    pub(super) fn timeline(&self) -> vk::Semaphore {
+    /// A timeline that has not reached this value, which is the user's to signal.
+    pub(super) fn timeline(&self) -> Timeline {
+        if let Some(spare) = self.0.spare.lock().expect("nothing panics under this lock").pop() {
+            return spare;
+        }
         let mut kind = vk::SemaphoreTypeCreateInfo::default().semaphore_type(vk::SemaphoreType::TIMELINE);
         let info = vk::SemaphoreCreateInfo::default().push_next(&mut kind);
         // SAFETY: the device has timeline semaphores: Pinfold asks for them.
         let semaphore = unsafe { self.0.device.create_semaphore(&info, None) }.expect("a semaphore");
         self.0.semaphores.lock().expect("nothing panics under this lock").push(semaphore);
-        semaphore
+        Timeline { semaphore, value: 1 }
+    }
+
+    /// Takes back what a job that is over was made of.
+    pub(super) fn reuse(&self, commands: vk::CommandBuffer, timelines: impl IntoIterator<Item = Timeline>) {
+        let next = |Timeline { semaphore, value }| Timeline { semaphore, value: value + 1 };
+        self.0.spare.lock().expect("nothing panics under this lock").extend(timelines.into_iter().map(next));
+        let pool = self.0.pool.lock().expect("nothing panics under this lock");
+        // SAFETY: they are of this pool, which is this thread's while it holds the lock, and nothing executes them any more.
+        unsafe { self.0.device.free_command_buffers(*pool, &[commands]) };
     }
 
     pub(super) fn scan(&self) -> &Scan {

@@ -18,8 +18,8 @@ pub struct Job {
     /// The last one holds the results.
     buffers: Vec<Scratch>,
     descriptors: vk::DescriptorPool,
-    gate: Option<vk::Semaphore>,
-    done: vk::Semaphore,
+    gate: Option<Timeline>,
+    done: Timeline,
     started: std::sync::atomic::AtomicBool,
 }
 
@@ -75,7 +75,7 @@ impl Job {
     /// What is signalled when the job is over: the signal to give to a submit.
     #[must_use]
     pub fn signal(&self) -> Timeline {
-        Timeline { semaphore: self.done, value: 1 }
+        self.done
     }
 
     /// Submits the job to the queue.
@@ -88,11 +88,13 @@ impl Job {
     pub fn start(&self) -> VkResult<()> {
         // SeqCst for want of a reason for less: one thread starts a job.
         assert!(!self.started.swap(true, std::sync::atomic::Ordering::SeqCst), "a job runs once");
-        let (commands, signals) = ([self.commands], [self.done]);
-        let (gates, stages) = (Vec::from_iter(self.gate), [vk::PipelineStageFlags::ALL_COMMANDS]);
+        let (commands, signals) = ([self.commands], [self.done.semaphore]);
+        let gates = Vec::from_iter(self.gate.map(|gate| gate.semaphore));
+        let open_at = Vec::from_iter(self.gate.map(|gate| gate.value));
+        let (stages, over_at) = ([vk::PipelineStageFlags::ALL_COMMANDS], [self.done.value]);
         let mut values = vk::TimelineSemaphoreSubmitInfo::default()
-            .wait_semaphore_values(&[1][..gates.len()])
-            .signal_semaphore_values(&[1]);
+            .wait_semaphore_values(&open_at)
+            .signal_semaphore_values(&over_at);
         let work = [vk::SubmitInfo::default()
             .command_buffers(&commands)
             .wait_semaphores(&gates)
@@ -107,8 +109,8 @@ impl Job {
     /// Lets a holding job go on. Does nothing the second time.
     pub fn open(&self) {
         let Some(gate) = self.gate else { return };
-        if self.value(gate) == 0 {
-            let info = vk::SemaphoreSignalInfo::default().semaphore(gate).value(1);
+        if !self.is_at(gate) {
+            let info = vk::SemaphoreSignalInfo::default().semaphore(gate.semaphore).value(gate.value);
             // SAFETY: a timeline semaphore that nobody else signals.
             unsafe { self.gpu.device().signal_semaphore(&info) }.expect("signalled");
         }
@@ -117,7 +119,7 @@ impl Job {
     /// Whether it is over.
     #[must_use]
     pub fn is_over(&self) -> bool {
-        self.value(self.done) == 1
+        self.is_at(self.done)
     }
 
     /// Waits for the end of a job that has been started, and gives its results: the bytes that a copy job saw.
@@ -139,16 +141,16 @@ impl Job {
 
     fn wait(&self) -> VkResult<()> {
         self.open();
-        let (semaphores, values) = ([self.done], [1]);
+        let (semaphores, values) = ([self.done.semaphore], [self.done.value]);
         let info = vk::SemaphoreWaitInfo::default().semaphores(&semaphores).values(&values);
         let limit = u64::try_from(PATIENCE.as_nanos()).expect("a minute");
         // SAFETY: a timeline semaphore of a device that is alive.
         unsafe { self.gpu.device().wait_semaphores(&info, limit) }
     }
 
-    fn value(&self, semaphore: vk::Semaphore) -> u64 {
+    fn is_at(&self, Timeline { semaphore, value }: Timeline) -> bool {
         // SAFETY: a timeline semaphore of a device that is alive.
-        unsafe { self.gpu.device().get_semaphore_counter_value(semaphore) }.expect("a value")
+        unsafe { self.gpu.device().get_semaphore_counter_value(semaphore) }.expect("a value") >= value
     }
 }
 
@@ -157,6 +159,9 @@ impl Drop for Job {
         if *self.started.get_mut() {
             let ended = self.wait();
             assert!(ended.is_ok() || std::thread::panicking(), "a job that was started doesn't end: {ended:?}");
+            if ended.is_ok() {
+                self.gpu.reuse(self.commands, [Some(self.done), self.gate].into_iter().flatten());
+            }
         }
         if self.descriptors != vk::DescriptorPool::null() {
             // SAFETY: the job is over, or was never started.
