@@ -6,14 +6,16 @@
 //!
 //! Each semaphore or fence that has work pending has a *line*: a thread, and the tickets in the order of their values. The thread waits for the
 //! lowest value of its own semaphore only, because a wait for any of several is a busy loop in one driver family. It waits in slices, so that
-//! a lower value which arrives later, the end of the manager, and a device lost elsewhere are noticed. A line that has had nothing to do for a
-//! while ends, because engines make and destroy semaphores; one is touched only while a ticket for it is pending.
+//! a lower value which arrives later, the end of the manager, and a device lost elsewhere are noticed. Engines make and destroy semaphores: one
+//! is touched only while a ticket for it is pending. A line that has nothing to do takes the next semaphore that has none, and ends after a while.
+//!
+//! As soon as a ticket is signalled, the engine may destroy the semaphore and be given another of the same handle. So tickets that come while
+//! others are being retired are never taken for some of those, whatever their values.
 //!
 //! A fence has no values, and the engine resets it and uses it again as soon as it hears that the work is over. So its tickets are numbered as
 //! they come, and a signalled fence retires those that were there before the wait for it began; who comes later waits for the fence anew.
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::{HashMap, VecDeque};
 use std::mem;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -101,7 +103,6 @@ struct Lines<T> {
 type BySignal<T> = HashMap<On, (Arc<Line<T>>, JoinHandle<()>)>;
 
 struct Line<T> {
-    on: On,
     /// A leaf, under which nothing is allocated or freed.
     queue: Mutex<Queue<T>>,
     /// Rings when a ticket comes to an empty queue and when the line is to stop.
@@ -109,8 +110,11 @@ struct Line<T> {
 }
 
 struct Queue<T> {
-    pending: BinaryHeap<Reverse<Waiting<T>>>,
-    /// The number of the last ticket, for fences.
+    /// What the tickets wait for. Changes only while there are none.
+    on: On,
+    /// In the order of their values.
+    pending: VecDeque<Waiting<T>>,
+    /// The number of the last ticket.
     last: u64,
     /// No thread serves this line any more; nothing may be queued.
     closed: bool,
@@ -118,30 +122,11 @@ struct Queue<T> {
     stop: bool,
 }
 
-/// A ticket and the value it waits for; ordered by the value alone.
+/// A ticket, the value it waits for, and its number in the line. For fences these are the same.
 struct Waiting<T> {
     value: u64,
+    number: u64,
     ticket: T,
-}
-
-impl<T> PartialEq for Waiting<T> {
-    fn eq(&self, other: &Self) -> bool {
-        self.value == other.value
-    }
-}
-
-impl<T> Eq for Waiting<T> {}
-
-impl<T> PartialOrd for Waiting<T> {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl<T> Ord for Waiting<T> {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        self.value.cmp(&other.value)
-    }
 }
 
 impl<T: Retire> Completion<T> {
@@ -156,16 +141,16 @@ impl<T: Retire> Completion<T> {
         }
         let (on, value) = match signal {
             Signal::Timeline(timeline) => (On::Semaphore(timeline.semaphore), timeline.value),
-            Signal::Fence(fence) => (On::Fence(fence), 0), // numbered when it is queued
+            Signal::Fence(fence) => (On::Fence(fence), 0),
         };
-        let mut waiting = Waiting { value, ticket };
+        let mut waiting = Waiting { value, number: 0, ticket }; // numbered when it is queued
         loop {
             let Some(line) = self.0.line(on) else {
                 return self.wait_here(on, waiting);
             };
-            match line.push(waiting) {
+            match line.push(on, waiting) {
                 Ok(()) => return,
-                Err(again) => waiting = again, // the line has just ended
+                Err(again) => waiting = again, // the line has just ended, or has been given to another signal
             }
         }
     }
@@ -173,7 +158,7 @@ impl<T: Retire> Completion<T> {
     /// The way out when the system refuses another thread: late is better than never.
     fn wait_here(&self, on: On, waiting: Waiting<T>) {
         let line = Line::new(on);
-        let queued = line.push(waiting);
+        let queued = line.push(on, waiting);
         debug_assert!(queued.is_ok(), "a new line is open");
         while line.serve_once(&self.0.gpu) {}
     }
@@ -203,13 +188,19 @@ impl<T: Retire> Drop for Completion<T> {
 }
 
 impl<T: Retire> Lines<T> {
-    /// The line of a semaphore or fence, a new one if there is none; `None` if the system refuses a thread.
+    /// The line of a semaphore or fence: its own, one that has nothing to do, or a new one. `None` if the system refuses a thread.
     fn line(self: &Arc<Self>, on: On) -> Option<Arc<Line<T>>> {
         let mut lines = self.by_signal();
         if let Some((line, _)) = lines.get(&on)
             && !line.queue().closed
         {
             return Some(Arc::clone(line));
+        }
+        let free = lines.iter().find(|(_, (line, _))| line.take_on(on)).map(|(&before, _)| before);
+        if let Some(entry) = free.and_then(|before| lines.remove(&before)) {
+            let line = Arc::clone(&entry.0);
+            lines.insert(on, entry);
+            return Some(line);
         }
         let line = Arc::new(Line::new(on));
         let (mine, owner) = (Arc::clone(&line), Arc::clone(self));
@@ -222,8 +213,9 @@ impl<T: Retire> Lines<T> {
     /// Removes a line that has closed, unless it has been replaced.
     fn forget(&self, line: &Arc<Line<T>>) {
         let mut lines = self.by_signal();
-        if lines.get(&line.on).is_some_and(|(current, _)| Arc::ptr_eq(current, line)) {
-            lines.remove(&line.on);
+        let on = line.queue().on;
+        if lines.get(&on).is_some_and(|(current, _)| Arc::ptr_eq(current, line)) {
+            lines.remove(&on);
         }
     }
 
@@ -235,37 +227,49 @@ impl<T: Retire> Lines<T> {
 
 impl<T: Retire> Line<T> {
     fn new(on: On) -> Self {
-        let queue = Queue { pending: BinaryHeap::with_capacity(ROOM), last: 0, closed: false, stop: false };
-        Self { on, queue: Mutex::new(queue), bell: Condvar::new() }
+        let queue = Queue { on, pending: VecDeque::with_capacity(ROOM), last: 0, closed: false, stop: false };
+        Self { queue: Mutex::new(queue), bell: Condvar::new() }
+    }
+
+    /// Waits for another signal from now on, if it waits for none. Its thread may still be retiring the last ticket for the one before.
+    fn take_on(&self, on: On) -> bool {
+        let mut queue = self.queue();
+        let free = queue.pending.is_empty() && !queue.closed && !queue.stop;
+        if free {
+            queue.on = on;
+        }
+        free
     }
 
     fn queue(&self) -> MutexGuard<'_, Queue<T>> {
         self.queue.lock().expect("no code under this lock panics")
     }
 
-    /// Adds a ticket, or gives it back if the line has closed. Room is made outside the lock.
-    fn push(&self, mut waiting: Waiting<T>) -> Result<(), Waiting<T>> {
-        let mut room = BinaryHeap::new();
+    /// Adds a ticket, or gives it back if the line has closed or waits for another signal. Room is made outside the lock.
+    fn push(&self, on: On, mut waiting: Waiting<T>) -> Result<(), Waiting<T>> {
+        let mut room = VecDeque::new();
         loop {
             let mut queue = self.queue();
-            if queue.closed {
+            if queue.closed || queue.on != on {
                 return Err(waiting);
             }
             if queue.pending.len() == queue.pending.capacity() {
                 let wanted = 2 * queue.pending.len();
                 if room.capacity() < wanted {
                     drop(queue);
-                    room = BinaryHeap::with_capacity(wanted);
+                    room = VecDeque::with_capacity(wanted);
                     continue;
                 }
-                room.extend(queue.pending.drain());
+                room.extend(queue.pending.drain(..));
                 mem::swap(&mut room, &mut queue.pending);
             }
-            if matches!(self.on, On::Fence(_)) {
-                queue.last += 1;
+            queue.last += 1;
+            waiting.number = queue.last;
+            if matches!(on, On::Fence(_)) {
                 waiting.value = queue.last;
             }
-            queue.pending.push(Reverse(waiting));
+            let at = queue.pending.partition_point(|other| other.value <= waiting.value);
+            queue.pending.insert(at, waiting);
             drop(queue); // before `room`, which is freed at the end
             self.bell.notify_one();
             return Ok(());
@@ -297,8 +301,9 @@ impl<T: Retire> Line<T> {
     /// Waits for the lowest value, at most a slice, and retires what is over. Returns whether more is pending.
     fn serve_once(&self, gpu: &Gpu) -> bool {
         let queue = self.queue();
-        let Some(Reverse(first)) = queue.pending.peek() else { return false };
-        let value = if matches!(self.on, On::Fence(_)) { queue.last } else { first.value };
+        let Some(first) = queue.pending.front() else { return false };
+        let on = queue.on;
+        let value = if matches!(on, On::Fence(_)) { queue.last } else { first.value };
         let limit = if queue.stop { Duration::ZERO } else { SLICE };
         drop(queue);
         if gpu.is_lost() {
@@ -307,8 +312,8 @@ impl<T: Retire> Line<T> {
         }
         // SAFETY: a ticket for this semaphore or fence is pending, and until it is retired the engine keeps it alive (the contract of
         // `VulkanDevice::new`).
-        match unsafe { gpu.wait(self.on, value, limit) } {
-            Ok(true) => self.retire(self.reached(gpu, value), Outcome::Done),
+        match unsafe { gpu.wait(on, value, limit) } {
+            Ok(true) => self.retire(self.reached(gpu, on, value), Outcome::Done),
             // The end: what isn't reached now never will be.
             Ok(false) if limit.is_zero() => self.retire(u64::MAX, Outcome::Lost),
             Ok(false) => {}
@@ -321,35 +326,36 @@ impl<T: Retire> Line<T> {
     }
 
     /// The highest value with a ticket that is reached, where `value` is.
-    fn reached(&self, gpu: &Gpu, mut value: u64) -> u64 {
-        if matches!(self.on, On::Fence(_)) {
+    fn reached(&self, gpu: &Gpu, on: On, mut value: u64) -> u64 {
+        if matches!(on, On::Fence(_)) {
             return value;
         }
         loop {
-            let next =
-                self.queue().pending.iter().map(|Reverse(waiting)| waiting.value).filter(|&next| next > value).min();
+            let next = self.queue().pending.iter().map(|waiting| waiting.value).find(|&next| next > value);
             // SAFETY: as in `serve_once`.
-            match next.filter(|&next| unsafe { gpu.wait(self.on, next, Duration::ZERO) } == Ok(true)) {
+            match next.filter(|&next| unsafe { gpu.wait(on, next, Duration::ZERO) } == Ok(true)) {
                 Some(next) => value = next,
                 None => return value,
             }
         }
     }
 
-    /// Retires every ticket whose value is at most `reached`: signals all of them, and only then does what may allocate or free.
+    /// Retires every ticket that is there and whose value is at most `reached`: signals all of them, and only then does what may allocate or free.
     fn retire(&self, reached: u64, outcome: Outcome) {
-        let over = |waiting: &Waiting<T>| waiting.value <= reached;
-        self.queue().pending.iter().filter(|Reverse(waiting)| over(waiting)).for_each(|Reverse(waiting)| {
-            waiting.ticket.signal(outcome);
-        });
+        let over = |waiting: &&Waiting<T>| waiting.value <= reached;
+        let queue = self.queue();
+        let last = queue.last;
+        queue.pending.iter().take_while(over).for_each(|waiting| waiting.ticket.signal(outcome));
+        drop(queue);
         loop {
             let mut queue = self.queue();
-            if queue.pending.peek().is_none_or(|Reverse(first)| first.value > reached) {
+            // One that has come since may wait for another semaphore of the same handle.
+            let Some(next) = queue.pending.iter().take_while(over).position(|waiting| waiting.number <= last) else {
                 return;
-            }
-            let over = queue.pending.pop();
+            };
+            let waiting = queue.pending.remove(next);
             drop(queue);
-            if let Some(Reverse(Waiting { ticket, .. })) = over {
+            if let Some(Waiting { ticket, .. }) = waiting {
                 ticket.retire(outcome);
             }
         }

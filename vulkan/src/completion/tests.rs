@@ -236,7 +236,8 @@ fn nothing_is_allocated_or_freed_on_the_way_to_retire() {
 fn the_way_out_without_a_thread_waits_in_place() {
     let Some(setup) = Setup::new() else { return };
     let semaphore = setup.fixture.timeline();
-    let waiting = Waiting { value: 1, ticket: Probe { tag: 1, tell: setup.tell.clone(), signalled: Arc::default() } };
+    let waiting =
+        Waiting { value: 1, number: 0, ticket: Probe { tag: 1, tell: setup.tell.clone(), signalled: Arc::default() } };
     thread::scope(|scope| {
         let here = scope.spawn(|| setup.completion.wait_here(On::Semaphore(semaphore), waiting));
         assert!(!here.is_finished());
@@ -275,4 +276,50 @@ fn a_fence_is_used_again_as_soon_as_its_work_is_over_and_never_retires_later_wor
     drop(completion);
     // SAFETY: nobody waits for it any more.
     unsafe { fixture.device.destroy_fence(fence, None) };
+}
+
+#[test]
+fn semaphores_that_are_used_once_share_a_thread() {
+    let Some(setup) = Setup::new() else { return };
+    for tag in 0..100 {
+        let semaphore = setup.fixture.timeline();
+        setup.follow(semaphore, 1, tag);
+        setup.fixture.signal(semaphore, 1);
+        let told = setup.next();
+        assert_eq!((told.tag, told.outcome), (tag, Outcome::Done));
+        assert_eq!(setup.completion.0.by_signal().keys().collect::<Vec<_>>(), [&On::Semaphore(semaphore)]);
+        setup.fixture.destroy_semaphore(semaphore);
+    }
+}
+
+/// What an engine does that has only been waiting for the end: the next semaphore has the handle of the one before, and begins with the value 1.
+struct Next(Arc<Line<Self>>, Arc<AtomicUsize>);
+
+impl Retire for Next {
+    fn signal(&self, _: Outcome) {}
+
+    fn retire(self, _: Outcome) {
+        if self.1.fetch_add(1, Ordering::SeqCst) == 0 {
+            let waiting = Waiting { value: 1, number: 0, ticket: Self(Arc::clone(&self.0), self.1) };
+            assert!(self.0.push(On::Semaphore(vk::Semaphore::null()), waiting).is_ok());
+        }
+    }
+}
+
+#[test]
+fn a_ticket_that_comes_while_others_are_retired_is_not_one_of_them() {
+    let on = On::Semaphore(vk::Semaphore::null());
+    let (line, retired) = (Arc::new(Line::new(on)), Arc::new(AtomicUsize::new(0)));
+    let waiting = Waiting { value: 5, number: 0, ticket: Next(Arc::clone(&line), Arc::clone(&retired)) };
+    assert!(line.push(on, waiting).is_ok());
+    line.retire(5, Outcome::Done);
+    assert_eq!((retired.load(Ordering::SeqCst), line.queue().pending.len()), (1, 1));
+    let other = On::Fence(vk::Fence::null());
+    assert!(!line.take_on(other), "it waits for a semaphore");
+    line.retire(1, Outcome::Done);
+    assert_eq!((retired.load(Ordering::SeqCst), line.queue().pending.len()), (2, 0));
+    // Who has looked the line up before it was given to another signal has to look once more.
+    assert!(line.take_on(other));
+    let late = Waiting { value: 2, number: 0, ticket: Next(Arc::clone(&line), retired) };
+    assert!(line.push(on, late).is_err());
 }
