@@ -92,10 +92,11 @@ struct Learnt<D: Device> {
 }
 
 impl<D: Device> Learnt<D> {
-    /// Gives back what an attempt that failed has left for the next.
+    /// Gives back what an attempt that failed has left for the next, and waits for room no more.
     fn let_go(&mut self) {
         self.prepared = None;
         self.charge = None;
+        self.short = None;
     }
 }
 
@@ -265,8 +266,8 @@ impl<D: Device> Object<D> {
             Request { coverage: Some(coverage), discarded: discarded.is_some(), ..self.request(&after, true) };
         let import = self.engine.device().import(&request, prepared)?;
         let charge = learnt.charge.take().expect("an attempt that got this far has been counted");
+        learnt.short = None; // it has its room, and whoever sees it valid sees nobody short any more
         let pin = Pin::new(import, noted.generation, charge);
-        let path = pin.path;
         let published =
             if space.is_busy(watched) { Err(pin) } else { self.publish(noted, token, watched, coverage, pin) };
         if let Err(pin) = published {
@@ -277,9 +278,7 @@ impl<D: Device> Object<D> {
         if self.engine.is_lost() {
             self.give_up();
         }
-        self.imports.fetch_add(1, Ordering::Relaxed);
         self.discarded.take(noted.generation);
-        self.engine.note(self, What::Acquired(path, noted.generation));
         if unproven {
             self.look_again(noted);
         }
@@ -313,8 +312,9 @@ impl<D: Device> Object<D> {
         };
         let part = &reserved.part;
         let import = self.engine.device().import_dmabuf(&self.request(&[], false), part)?;
+        learnt.short = None; // as for mapped memory
         let pin = Pin::new(import, noted.generation, charge);
-        let (path, home) = (pin.path, self.engine.space.home(self.range));
+        let home = self.engine.space.home(self.range);
         if let Err(pin) = self.publish(noted, token, home, Coverage::Manual(ManualReason::NotMapped), pin) {
             pin.release();
             return Ok(Attempt::Moved);
@@ -323,10 +323,6 @@ impl<D: Device> Object<D> {
         if self.engine.is_lost() {
             self.give_up();
         }
-        self.imports.fetch_add(1, Ordering::Relaxed);
-        self.engine.counters.dmabufs_imported.fetch_add(1, Ordering::Relaxed);
-        self.engine.note_dmabuf(self, DmaBufEvent::Imported, part);
-        self.engine.note(self, What::Acquired(path, noted.generation));
         Ok(Attempt::Valid)
     }
 
@@ -397,9 +393,16 @@ impl<D: Device> Object<D> {
         }
         slot.coverage = Some(coverage);
         slot.fault = None;
+        // Counted and told here: it may be taken back at once, and a lease of it is taken under the same lock, so that what its work tells comes later.
+        self.imports.fetch_add(1, Ordering::Relaxed);
         if slot.hot.as_ref().is_some_and(|hot| hot.token == token) {
-            self.engine.counters.restored.fetch_add(1, Ordering::Relaxed); // here, as it may be taken back at once
+            self.engine.counters.restored.fetch_add(1, Ordering::Relaxed);
         }
+        if let Some(reserved) = &self.dmabuf {
+            self.engine.counters.dmabufs_imported.fetch_add(1, Ordering::Relaxed);
+            self.engine.note_dmabuf(self, DmaBufEvent::Imported, &reserved.part);
+        }
+        self.engine.note(self, What::Acquired(pin.path, noted.generation));
         let stale = slot.pin.replace(Arc::new(pin));
         drop(slot); // dropping a pin asks for a worker
         drop(stale);

@@ -235,12 +235,11 @@ impl<D: Device> Retire for Flight<D> {
                 object.last_used.fetch_max(now, Ordering::Relaxed);
             }
         }
-        let lost = (outcome == Outcome::Lost && engine.device().is_lost()).then(|| Arc::clone(engine));
+        if outcome == Outcome::Lost && engine.device().is_lost() {
+            engine.lose(); // first: who is told that the work was lost with the device gets no lease of it any more
+        }
         drop(underway);
         drop(told);
-        if let Some(engine) = lost {
-            engine.lose();
-        }
     }
 }
 

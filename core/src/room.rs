@@ -127,13 +127,10 @@ impl<D: Device> Engine<D> {
             }
             // Counted, so that who is short meanwhile waits for what is in our hands.
             self.loose.add(0);
-            let given = object.evict().map(|(taken, was_valid)| (taken.give_back(), was_valid));
+            let given = object.evict(&evicted).map(Taken::give_back);
             self.loose.sub(0);
-            if let Some((given, was_valid)) = given {
+            if let Some(given) = given {
                 freed += given;
-                if was_valid {
-                    evicted(&object, given);
-                }
                 object.restore_later();
             }
         }
@@ -198,8 +195,9 @@ impl<D: Device> Object<D> {
         self.slot().pin.as_ref().is_some_and(|pin| Arc::strong_count(pin) == 1)
     }
 
-    /// Takes the pages of an idle object, which is then invalid, and says whether it was valid before. The caller lets go of them.
-    fn evict(&self) -> Option<(Taken<D>, bool)> {
+    /// Takes the pages of an idle object, which is then invalid. The caller lets go of them. Where it was valid, `evicted` is called with their
+    /// bytes: before the room is there, and before anybody acquires it anew.
+    fn evict(&self, evicted: impl Fn(&Self, u64)) -> Option<Taken<D>> {
         let mut slot = self.slot();
         let pin = slot.pin.as_ref().filter(|pin| Arc::strong_count(pin) == 1)?;
         let seen = self.word.read();
@@ -207,7 +205,8 @@ impl<D: Device> Object<D> {
         let was_valid = seen.state == State::Valid && seen.generation == pin.generation;
         if was_valid {
             self.word.step(seen, Step::Evict).ok()?;
+            evicted(self, self.range.len() as u64);
         }
-        Some((Arc::into_inner(slot.pin.take()?)?.into_taken()?, was_valid))
+        Arc::into_inner(slot.pin.take()?)?.into_taken()
     }
 }

@@ -394,30 +394,35 @@ fn a_prefetch_waits_for_nothing_and_the_acquire_after_it_is_a_hit() {
 
 // ---- how a failure is told ---------------------------------------------------------------------------------------------------------------
 
-/// Looks at how many imports are counted, on the thread that tells of an acquisition's end and while it tells.
-struct Look(Arc<Manager<FakeDevice>>, Mutex<Vec<u64>>);
+/// Looks at how many imports are counted, and how many are short of room, on the thread that tells of an acquisition's end and while it tells.
+struct Look(Arc<Manager<FakeDevice>>, Mutex<Vec<(u64, u64)>>);
 
 impl Wake for Look {
     fn wake(self: Arc<Self>) {
-        self.1.lock().unwrap().push(self.0.stats().imports);
+        let stats = self.0.stats();
+        self.1.lock().unwrap().push((stats.imports, stats.short));
     }
 }
 
-/// Has a worker acquire an object of one page, and does `meanwhile` what makes it fail.
-fn counted_when_told(device: FakeDevice, meanwhile: impl FnOnce(&Region)) {
+/// A manager that leaves every acquisition to a worker and has room for one page, and two pages.
+fn room_for_one(device: &FakeDevice) -> (Arc<Manager<FakeDevice>>, Region) {
     let mut config = patient();
-    config.inline_limit = 0;
-    let manager = Arc::new(Manager::new(device, config).unwrap());
-    let region = Region::new(Backing::Anonymous, 1).unwrap();
-    let object = register(&manager, region.range());
-    let look = Arc::new(Look(Arc::clone(&manager), Mutex::default()));
+    (config.inline_limit, config.budget) = (0, page_size() as u64);
+    (Arc::new(Manager::new(device.clone(), config).unwrap()), Region::new(Backing::Anonymous, 2).unwrap())
+}
+
+/// Has a worker acquire an object of one page, which takes until something is done `meanwhile`, and tells what was counted when it was told.
+fn counted_when_told(manager: &Arc<Manager<FakeDevice>>, region: &Region, meanwhile: impl FnOnce()) -> (u64, u64) {
+    let object = register(manager, region.part(0..1));
+    let look = Arc::new(Look(Arc::clone(manager), Mutex::default()));
     let objects = [&object];
     let mut acquire = pin!(manager.acquire_async(&objects));
     assert!(acquire.as_mut().poll(&mut Context::from_waker(&Waker::from(Arc::clone(&look)))).is_pending());
-    meanwhile(&region);
+    meanwhile();
     wait_until("the end of the acquisition", || !look.1.lock().unwrap().is_empty());
-    assert_ne!(object.state().unwrap(), State::Valid);
-    assert_eq!(*look.1.lock().unwrap(), [0]);
+    let looks = look.1.lock().unwrap();
+    assert_eq!(looks.len(), 1);
+    looks[0]
 }
 
 #[test]
@@ -425,10 +430,30 @@ fn what_a_failed_acquisition_was_counted_with_is_room_before_anybody_is_told() {
     let _alone = alone();
     let device = FakeDevice::new();
     device.script(Call::Import, &[Answer::Hold, Answer::Fault(libc::EPERM)]);
-    counted_when_told(device.clone(), |_| {
+    let (manager, region) = room_for_one(&device);
+    let counted = counted_when_told(&manager, &region, || {
         device.wait_held(1);
         device.let_go();
     });
+    assert_eq!(counted, (0, 0));
+}
+
+#[test]
+fn who_found_no_room_at_first_is_short_no_more_when_he_is_told() {
+    let _alone = alone();
+    for (end, imports) in [(Answer::Fine, 1), (Answer::Fault(libc::EPERM), 0)] {
+        let device = FakeDevice::new();
+        let (manager, region) = room_for_one(&device);
+        let other = register(&manager, region.part(1..2));
+        drop(manager.acquire_timeout(&[&other], PATIENCE).unwrap());
+        device.script(Call::Import, &[Answer::Hold, end]);
+        let counted = counted_when_told(&manager, &region, || {
+            device.wait_held(1);
+            assert_eq!(manager.stats().short, 1);
+            device.let_go();
+        });
+        assert_eq!(counted, (imports, 0));
+    }
 }
 
 #[test]
@@ -438,7 +463,8 @@ fn what_an_acquisition_that_was_given_up_was_counted_with_is_room_before_anybody
     // A worker's attempts, in each of which the mapping isn't the same before and after.
     const ATTEMPTS: usize = 8;
     device.script(Call::Prepare, &[Answer::Hold, Answer::Fine].repeat(ATTEMPTS));
-    counted_when_told(device.clone(), |region| {
+    let (manager, region) = room_for_one(&device);
+    let counted = counted_when_told(&manager, &region, || {
         for attempt in 1..=ATTEMPTS {
             wait_until("the next attempt", || device.counts().prepared == attempt);
             device.wait_held(1);
@@ -447,5 +473,5 @@ fn what_an_acquisition_that_was_given_up_was_counted_with_is_room_before_anybody
             device.let_go();
         }
     });
-    assert_eq!(device.counts().prepared, ATTEMPTS);
+    assert_eq!((counted, device.counts().prepared), ((0, 0), ATTEMPTS));
 }

@@ -3,7 +3,11 @@
 #[macro_use]
 mod userptr;
 
+use std::future::Future;
+use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Wake, Waker};
 use std::thread;
 
 use nix::sys::resource::{Resource, setrlimit};
@@ -29,6 +33,32 @@ fn submit(lease: Lease<FakeDevice>, fence: &Fence) -> Pending<FakeDevice> {
     unsafe { lease.submit([fence.clone()], || Ok::<_, String>(())) }.unwrap()
 }
 
+/// Asks for an object on the thread that tells of the end of work, and while it tells.
+struct Ask(Arc<Manager<FakeDevice>>, Userptr<FakeDevice>, Mutex<Vec<bool>>);
+
+impl Wake for Ask {
+    fn wake(self: Arc<Self>) {
+        let lost = self.0.acquire(&[&self.1]).is_err_and(|error| error.is_lost());
+        self.2.lock().unwrap().push(lost);
+    }
+}
+
+#[test]
+fn who_is_told_that_work_was_lost_with_the_device_gets_no_lease_any_more() {
+    let _alone = alone();
+    let device = FakeDevice::new();
+    let manager = Arc::new(Manager::new(device.clone(), patient()).unwrap());
+    let region = Region::new(Backing::Anonymous, 1).unwrap();
+    let object = register(&manager, region.range());
+    let fence = Fence::new();
+    let mut pending = pin!(submit(manager.acquire_timeout(&[&object], PATIENCE).unwrap(), &fence));
+    let ask = Arc::new(Ask(Arc::clone(&manager), object, Mutex::default()));
+    assert!(pending.as_mut().poll(&mut Context::from_waker(&Waker::from(Arc::clone(&ask)))).is_pending());
+    device.lose();
+    fence.signal(Outcome::Lost);
+    assert_eq!(*ask.2.lock().unwrap(), [true]);
+}
+
 #[test]
 fn a_device_that_is_lost_ends_the_hold_off_and_every_call_says_so_and_nothing_stays_pinned() {
     let _alone = alone();
@@ -51,7 +81,7 @@ fn a_device_that_is_lost_ends_the_hold_off_and_every_call_says_so_and_nothing_st
     });
     assert_eq!(pending.wait(PATIENCE), Some(Outcome::Lost));
     assert_eq!(rig.manager.stats().space.late, 0, "the deadline had no part in it");
-    wait_until("the end of everything", || rig.manager.acquire(&[&objects[3]]).is_err_and(|error| error.is_lost()));
+    assert!(rig.manager.acquire(&[&objects[3]]).unwrap_err().is_lost(), "who is told of the loss finds it everywhere");
     // SAFETY: nothing is submitted.
     let refused = unsafe { kept.submit([Fence::new()], || Ok::<_, String>(())) }.unwrap_err();
     assert!(matches!(&refused, SubmitError::Gone(error) if error.is_lost()), "{refused:?}");

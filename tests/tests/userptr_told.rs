@@ -3,16 +3,20 @@
 mod userptr;
 
 use std::cell::Cell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
 use pinfold_core::watch::{
-    FilterEntry, Note, NoteCause, NotePath, NoteState, TYPE_USERPTR, UserptrEvent, UserptrNote, WatchConfig, WatchQueue,
+    FilterEntry, Note, NoteCause, NotePath, NoteState, Record, TYPE_USERPTR, UserptrEvent, UserptrNote, WatchConfig,
+    WatchQueue,
 };
-use pinfold_core::{Access, Outcome};
+use pinfold_core::{Access, Outcome, page_size};
 use pinfold_tests::PATIENCE;
 use pinfold_tests::fence::Fence;
 use pinfold_tests::memory::Move;
 
+use userptr::budget::with_budget;
 use userptr::scripted::{anonymous, by_workers, lease, submit};
 use userptr::{alone, register, wait_for_mutator, wait_until};
 
@@ -138,4 +142,69 @@ fn the_watch_queue_tells_a_whole_life() {
     rig.device.wait_no_imports();
     assert!(queue.notes().next().is_none());
     assert_eq!((submitted.get(), retired.get()), (1, 1));
+}
+
+/// What happened, if the note is one of an object.
+fn event(note: Note) -> Option<(UserptrEvent, NoteCause)> {
+    match note {
+        Note::Userptr(note) => Some((note.event, note.cause)),
+        _ => None,
+    }
+}
+
+#[test]
+fn what_becomes_of_a_lease_is_told_behind_the_acquisition_that_it_is_of() {
+    let _alone = alone();
+    let rig = by_workers();
+    let region = anonymous(1);
+    let object = register(&rig.manager, region.range());
+    // Keeps the worker in the middle of telling, for as many turns as another thread needs that finds the object valid.
+    let (telling, submitted) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let policy = {
+        let (telling, submitted) = (Arc::clone(&telling), Arc::clone(&submitted));
+        move |_, record: &Record| {
+            if event(record.note()).is_some_and(|(event, _)| event == UserptrEvent::Acquired) {
+                telling.store(true, Ordering::SeqCst);
+                (0..1000).take_while(|_| !submitted.load(Ordering::SeqCst)).for_each(|_| thread::yield_now());
+            }
+            true
+        }
+    };
+    let queue = rig.manager.watch(WatchConfig::default().policy(policy)).unwrap();
+    rig.manager.prefetch(&[&object]).unwrap();
+    wait_until("the end of the acquisition", || telling.load(Ordering::SeqCst));
+    let fence = Fence::new();
+    let pending = submit(lease(&rig, &object), std::slice::from_ref(&fence)).unwrap();
+    submitted.store(true, Ordering::SeqCst);
+    fence.signal(Outcome::Done);
+    assert_eq!(pending.wait(PATIENCE), Some(Outcome::Done));
+    let mut events = Vec::new();
+    wait_until("all notes", || {
+        events.extend(queue.notes().filter_map(|note| Some(event(note)?.0)));
+        events.len() >= 4
+    });
+    use UserptrEvent::{Acquired, Queued, Retired, Submitted};
+    assert_eq!(events, [Queued, Acquired, Submitted, Retired]);
+}
+
+#[test]
+fn an_eviction_is_told_before_the_room_is_there() {
+    let _alone = alone();
+    let (rig, _region, objects) = with_budget(1, 2);
+    drop(lease(&rig, &objects[0]));
+    let seen = Arc::new(AtomicUsize::new(usize::MAX));
+    let policy = {
+        let (device, seen) = (rig.device.clone(), Arc::clone(&seen));
+        move |_, record: &Record| {
+            if event(record.note()) == Some((UserptrEvent::Invalidated, NoteCause::Evicted)) {
+                seen.store(device.live_imports(), Ordering::SeqCst);
+            }
+            true
+        }
+    };
+    let _queue = rig.manager.watch(WatchConfig::default().policy(policy)).unwrap();
+    drop(lease(&rig, &objects[1]));
+    assert_eq!(seen.load(Ordering::SeqCst), 1, "the device has given the pages back already");
+    let stats = rig.manager.stats();
+    assert_eq!((stats.evicted, stats.evicted_bytes), (1, page_size() as u64));
 }
