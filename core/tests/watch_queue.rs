@@ -463,3 +463,24 @@ fn the_policy_is_asked_after_the_filter_and_counts_what_it_denies() {
     assert_eq!((counters.posted, counters.denied, counters.filtered), (1, 1, 1));
     assert_eq!(asked.load(Ordering::Relaxed), 2);
 }
+
+#[test]
+fn who_reads_that_a_watch_is_gone_may_make_another_at_once() {
+    let lists = [WatchList::new(), WatchList::new()];
+    let queue = WatchQueue::new(WatchConfig::default().limit(WatchLimit::new(1))).unwrap();
+    lists[0].add_watch(&queue, Scope::All, 0).unwrap();
+    for round in 0..2000 {
+        let (old, new) = (&lists[round % 2], &lists[(round + 1) % 2]);
+        assert!(
+            !queue.arm(),
+            "to be woken takes whoever tells a system call, between telling and all that it does then"
+        );
+        std::thread::scope(|scope| {
+            scope.spawn(|| old.remove_all(0));
+            while queue.records().next().is_none() {
+                std::hint::spin_loop();
+            }
+            new.add_watch(&queue, Scope::All, 0).expect("the only other watch is gone");
+        });
+    }
+}

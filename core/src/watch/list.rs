@@ -295,10 +295,10 @@ impl ListInner {
         drop(watches);
         drop(garbage);
         for watch in &gone {
+            watch.queue.limit.uncharge(); // first: who reads that a watch is gone may make another
             if let Some(object) = told(watch) {
                 watch.queue.announce_removal(&Record::removal(object), watch.tag);
             }
-            watch.queue.limit.uncharge();
             if let Some(release) = &self.release {
                 release(Released { scope: watch.scope, tag: watch.tag });
             }

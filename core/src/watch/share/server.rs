@@ -261,9 +261,14 @@ impl<S: Source> Loop<S> {
             if self.wait() {
                 self.accept();
             }
-            let Self { source, offer, readers, .. } = &mut self;
-            readers.retain_mut(|reader| reader.go_on(source, offer).is_ok());
+            self.go_on();
         }
+    }
+
+    /// Does what each connection is waiting for, and ends those that are over.
+    fn go_on(&mut self) {
+        let Self { source, offer, readers, .. } = self;
+        readers.retain_mut(|reader| reader.go_on(source, offer).is_ok());
     }
 
     /// Sleeps until there is something to do. Answers whether somebody may want to connect.
@@ -288,6 +293,9 @@ impl<S: Source> Loop<S> {
         while let Ok((connection, _)) = self.listener.accept() {
             if connection.set_nonblocking(true).is_err() {
                 continue;
+            }
+            if self.readers.len() >= self.offer.readers {
+                self.go_on(); // one that has gone before this one came may not have been noticed yet
             }
             if self.readers.len() >= self.offer.readers {
                 refuse(&connection, libc::EBUSY);
