@@ -351,6 +351,25 @@ fn after_a_round_that_came_to_no_end_everybody_is_told_and_the_gates_are_open() 
 }
 
 #[test]
+fn who_finds_the_gates_open_after_a_recovery_finds_it_counted() {
+    let space = space().unwrap();
+    for round in 1..=2000 {
+        space.gate(15).close();
+        space.inner.monitor.leave_closed(Shards(1 << 15));
+        std::thread::scope(|scope| {
+            // Asleep, so that opening the gate takes a system call, behind which the one who looks all the time may come.
+            let (gate, epoch) = (space.gate(15), space.gate(15).epoch());
+            scope.spawn(move || gate.wait_epoch(epoch, Some(Instant::now() + PATIENCE)));
+            scope.spawn(|| monitor::recover(&space.inner));
+            while !space.gate(15).is_open() {
+                std::hint::spin_loop();
+            }
+            assert_eq!(space.stats().recoveries, round);
+        });
+    }
+}
+
+#[test]
 fn page_tables_that_can_not_be_asked_tell_nothing_and_everything_counts_as_written() {
     let memory = Memory::new();
     let page = memory.page(0);

@@ -187,13 +187,14 @@ pub(crate) fn recover(inner: &Inner) {
     let change =
         Change { range: HostRange::everything(), cause: Cause::Lost, held: Duration::ZERO, late, no_hold: false };
     announce(inner, &change);
+    // Behind closed gates still, as all that is counted: who finds them open finds it.
+    inner.counters.recoveries.fetch_add(1, Ordering::Relaxed);
     inner.shards.iter().for_each(|shard| {
         shard.gate.told();
         shard.gate.open();
     });
     let closed = Shards(inner.monitor.closed.swap(0, Ordering::Relaxed) as u16);
     closed.iter().for_each(|shard| inner.shards[shard].gate.open());
-    inner.counters.recoveries.fetch_add(1, Ordering::Relaxed);
     inner.owes.settling();
 }
 
