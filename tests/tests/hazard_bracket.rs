@@ -329,9 +329,9 @@ fn a_bracket_runs_its_mutation_only_when_the_work_is_over() {
                 manager.mutate(&[region.range()], closure).unwrap();
             });
             wait_until("the bracket", || Shards::ALL.iter().all(|shard| !space.gate(shard).is_open()));
-            for _ in 0..1_000 {
-                thread::yield_now(); // turns in which a bracket that doesn't wait would run its closure
-            }
+            // Turns in which a bracket that doesn't wait would run its closure; fewer on a busy machine, where they might take until the deadline.
+            let enough = Instant::now() + Duration::from_secs(1);
+            (0..1_000).take_while(|_| Instant::now() < enough).for_each(|_| thread::yield_now());
             assert!(!ran.load(Ordering::SeqCst) && !mutator.is_finished());
             fence.signal(Outcome::Done);
         });

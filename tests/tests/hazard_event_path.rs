@@ -12,7 +12,7 @@ use pinfold_tests::fence::Fence;
 use pinfold_tests::fire_door::FireDoorAllocator;
 use pinfold_tests::memory::{Backing, Move, Region};
 use pinfold_tests::process::{isolated, isolated_case};
-use pinfold_tests::{PATIENCE, skip_part};
+use pinfold_tests::{PATIENCE, skip_part, state_of};
 
 #[global_allocator]
 static ALLOCATOR: FireDoorAllocator = FireDoorAllocator;
@@ -177,7 +177,7 @@ fn work_that_is_late_and_brackets_over_it_allocate_nothing() {
             // SAFETY: the fence is signalled below, and nothing accesses the object.
             let pending = unsafe { lease.submit([fence.clone()], || Ok::<_, Error>(())) }.unwrap();
             mutate(&region);
-            assert_eq!(object.state().unwrap(), State::Invalid, "{name}");
+            assert_eq!(state_of(&object), State::Invalid, "{name}");
             let notes = invalidations(&queue, &object);
             assert_eq!(notes.len(), 1, "{name}: {notes:?}");
             // Only invalidate doesn't wait for work, so none can be late.

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use pinfold_core::watch::{Note, UserptrEvent, UserptrNote, WatchConfig, WatchQueue};
 use pinfold_core::{Access, Config, Error, Manager, Outcome, Pending, State, SubmitError, Userptr};
 use pinfold_invalidate::HostRange;
-use pinfold_tests::PATIENCE;
 use pinfold_tests::fake::FakeDevice;
 use pinfold_tests::fence::Fence;
 use pinfold_tests::memory::{Backing, Region};
 use pinfold_tests::process::isolated;
+use pinfold_tests::{PATIENCE, state_of};
 
 const DEADLINE: Duration = Duration::from_millis(40);
 
@@ -70,7 +70,7 @@ fn work_that_outlives_the_deadline_is_flagged_with_the_time_the_mutator_was_held
         drop(manager.acquire_timeout(&[&idle], PATIENCE).unwrap());
         region.unmap_all().unwrap();
         assert_eq!(fence.outcome(), None, "the mutator returned before the work was over");
-        assert_eq!(used.state().unwrap(), State::Invalid);
+        assert_eq!(state_of(&used), State::Invalid);
         assert_eq!(used.in_flight(), 1);
         let notes = invalidations(&queue, 2);
         assert_eq!(notes.len(), 2);
@@ -97,7 +97,7 @@ fn work_that_was_given_up_on_holds_nobody_a_second_time() {
         let (used, neighbour) = (register(&manager, region.part(0..2)), register(&manager, region.part(2..4)));
         let (fence, pending, _) = busy(&manager, &used);
         region.advise(0..2, libc::MADV_DONTNEED).unwrap();
-        assert_eq!(used.state().unwrap(), State::Invalid); // waits until the change has been told, as the counts don't
+        assert_eq!(state_of(&used), State::Invalid); // waits until the change has been told, as the counts don't
         assert_eq!(manager.stats().space.late, 1);
         let queue = manager.watch(WatchConfig::default()).unwrap();
         for round in 0..5_u8 {
@@ -108,7 +108,7 @@ fn work_that_was_given_up_on_holds_nobody_a_second_time() {
             region.advise(0..4, libc::MADV_DONTNEED).unwrap();
         }
         assert_eq!((fence.outcome(), used.in_flight()), (None, 1));
-        assert_eq!((used.state().unwrap(), neighbour.state().unwrap()), (State::Invalid, State::Invalid));
+        assert_eq!((state_of(&used), state_of(&neighbour)), (State::Invalid, State::Invalid));
         let stats = manager.stats();
         assert_eq!((stats.late, stats.space.late), (1, 1), "only the first round was late");
         let notes = invalidations(&queue, 10);
@@ -173,7 +173,7 @@ fn a_manager_that_is_dropped_with_late_work_waits_for_it() {
         let (fence, pending, id) = busy(&manager, &used);
         let mut probe = manager.acquire_timeout(&[&spare], PATIENCE).unwrap();
         region.unmap_all().unwrap();
-        assert_eq!(used.state().unwrap(), State::Invalid);
+        assert_eq!(state_of(&used), State::Invalid);
         assert_eq!(manager.stats().late, 1);
         let ending = AtomicBool::new(false);
         thread::scope(|scope| {

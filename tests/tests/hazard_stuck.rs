@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 
 use pinfold_core::{Access, Config, Error, Lease, Manager, Outcome, State};
 use pinfold_invalidate::{Change, HostRange, Shards, Space, Target};
-use pinfold_tests::PATIENCE;
 use pinfold_tests::fake::FakeDevice;
 use pinfold_tests::fence::Fence;
 use pinfold_tests::memory::{Backing, Region};
 use pinfold_tests::process::isolated;
+use pinfold_tests::{PATIENCE, generation_of, state_of};
 
 /// A manager whose deadline passes soon, as these tests wait for it to pass.
 fn hasty() -> Manager<FakeDevice> {
@@ -38,7 +38,7 @@ fn the_thread_that_must_signal_the_work_may_be_the_one_in_munmap() {
         // SAFETY: the fence is signalled below, and nothing accesses the object.
         let pending = unsafe { lease.submit([fence.clone()], || Ok::<_, Error>(())) }.unwrap();
         region.unmap_all().unwrap(); // returns by the deadline alone
-        assert_eq!(object.state().unwrap(), State::Invalid);
+        assert_eq!(state_of(&object), State::Invalid);
         assert_eq!(manager.stats().late, 1);
         fence.signal(Outcome::Done);
         assert_eq!(pending.wait(PATIENCE), Some(Outcome::Done));
@@ -61,7 +61,7 @@ fn the_closure_of_a_submit_may_unmap_what_it_submits() {
         // SAFETY: as above.
         let pending = unsafe { lease.submit([fence.clone()], unmap) }.unwrap();
         assert_eq!(pending.wait(PATIENCE), Some(Outcome::Done));
-        assert_eq!(object.state().unwrap(), State::Invalid);
+        assert_eq!(state_of(&object), State::Invalid);
         assert_eq!(manager.stats().late, 1);
     })
     .expect_return();
@@ -102,7 +102,7 @@ fn a_submit_that_earlier_work_waits_for_is_let_in_after_the_deadline() {
             }
         });
         assert_eq!(pending.wait(PATIENCE), Some(Outcome::Done));
-        assert_eq!(kept.state().unwrap(), State::Valid);
+        assert_eq!(state_of(&kept), State::Valid);
     })
     .expect_return();
 }
@@ -131,7 +131,7 @@ fn an_allocator_may_discard_pages_under_the_lock_that_completion_needs() {
             fence.signal(Outcome::Done);
         });
         assert_eq!(pending.wait(PATIENCE), Some(Outcome::Done));
-        assert_ne!(object.generation().unwrap().0, 0);
+        assert_ne!(generation_of(&object).0, 0);
         assert_eq!(manager.stats().late, 1);
     })
     .expect_return();
