@@ -292,6 +292,10 @@ impl<D: Device> Manager<D> {
     }
 
     /// What has happened, and what there is.
+    ///
+    /// What an acquire or a [`Pending`](crate::Pending) tells is counted before it is told. A change that a mutator was held for is counted when a look at
+    /// an object that it hit ([`Userptr::state`]) has returned, which waits for that, and not yet when the mutator goes on. Pages that nobody uses any
+    /// more count until a worker has given them back.
     #[must_use]
     pub fn stats(&self) -> Stats {
         let engine = self.engine();

@@ -111,7 +111,8 @@ impl<D: Device> Userptr<D> {
         Ok(())
     }
 
-    /// Submits under way that use the object.
+    /// Submits under way that use the object. One that a mutator was held for may be counted a moment longer than the mutator was held, but not when its
+    /// [`Pending`](crate::Pending) is over.
     #[must_use]
     pub fn in_flight(&self) -> u32 {
         self.handle.object.holds.submits()

@@ -105,6 +105,8 @@ impl<T> Drop for Reporter<T> {
 }
 
 /// The result of a tracked job, to be waited for in any of three ways. Taken once.
+///
+/// It arrives before the worker has written down that the job is over: [`JobHandle::is_live`](crate::JobHandle::is_live) and the counters may lag.
 #[must_use = "the result is lost if nobody asks for it"]
 pub struct Completion<T> {
     slot: Arc<Slot<T>>,

@@ -124,7 +124,8 @@ impl Queue {
         Work::new(self.shared(), self.inner.number, Box::new(function))
     }
 
-    /// Waits until the queue is empty, taking only what its own running work adds. Timers are not waited for.
+    /// Waits until the queue is empty, taking only what its own running work adds. Timers are not waited for, nor is a job that another thread has
+    /// just cancelled and is about to call.
     ///
     /// # Errors
     /// [`Error::Deadlock`] from inside the queue's own work.
