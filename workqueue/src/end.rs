@@ -6,6 +6,7 @@
 use std::{process, sync::Arc};
 
 use crate::{
+    blocking::blocking,
     effects::Effects,
     entry::Doing,
     pool::until_settled,
@@ -37,9 +38,8 @@ pub(crate) fn finish(shared: &Arc<Shared>, me: Option<u32>) {
     if shared.config.cancel_at_end {
         cancel_pending(shared, |_, _| true);
     }
-    let mut state = shared.wait_until_drained(shared.lock(), |state| state.live > 0);
-    state.phase = Phase::Ended;
-    drop(state);
+    // A worker that waits here keeps nobody else from a processor.
+    blocking(|| shared.wait_until_drained(shared.lock(), |state| state.live > 0).phase = Phase::Ended);
     until_settled(shared, |fx| shared.lock().crew.wake_idle(fx));
     join_workers(shared, me);
     shared.lock().keeper_over = true;

@@ -137,12 +137,16 @@ fn look<'a>(shared: &'a Shared, number: u32, fx: &mut Effects) -> (MutexGuard<'a
 /// Chooses what `number` does next. It is counted as running, and holds the lock from its look to its sleep.
 fn choose(state: &mut State, shared: &Shared, number: u32, fx: &mut Effects) -> Next {
     let searched = state.crew.stop_searching(number);
-    if state.crew.workers[number as usize].must_end {
-        return Next::EndPool;
-    }
     let node = state.crew.workers[number as usize].node;
-    if let Some(slot) = state.crew.pick(number, searched, &mut state.slab, fx) {
+    let must_end = state.crew.workers[number as usize].must_end;
+    // Who is to end the pool runs what is left first: it may be the only worker that there can be.
+    if !(must_end && state.phase == Phase::Cancelling)
+        && let Some(slot) = state.crew.pick(number, searched, &mut state.slab, fx)
+    {
         return Next::Run(start(state, number, slot, fx));
+    }
+    if must_end {
+        return Next::EndPool;
     }
     let crew = &mut state.crew;
     let me = &crew.workers[number as usize];

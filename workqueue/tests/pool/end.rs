@@ -8,23 +8,26 @@ use crate::{LONG, occupy, pool};
 
 #[test]
 fn the_last_handle_may_be_dropped_by_the_pools_own_worker() {
-    let (send, seen) = mpsc::channel();
-    let pool = pool();
-    let inside = pool.clone();
-    let (give, take) = mpsc::channel::<()>();
-    let other = send.clone();
-    pool.submit(Job::new(move |_| {
-        let _ = take.recv();
-        drop(inside);
-        send.send(1).expect("the test waits");
-    }))
-    .expect("accepted");
-    pool.submit(Job::new(move |_| other.send(2).expect("the test waits"))).expect("accepted");
-    drop(pool);
-    drop(give);
-    let mut both: Vec<_> = seen.iter().collect();
-    both.sort_unstable();
-    assert_eq!(both, [1, 2]);
+    // Also where there can be no other worker.
+    let alone = Pool::builder("test").bounded(1).build().expect("a pool");
+    for pool in [pool(), alone] {
+        let (send, seen) = mpsc::channel();
+        let inside = pool.clone();
+        let (give, take) = mpsc::channel::<()>();
+        let other = send.clone();
+        pool.submit(Job::new(move |_| {
+            let _ = take.recv();
+            drop(inside);
+            send.send(1).expect("the test waits");
+        }))
+        .expect("accepted");
+        pool.submit(Job::new(move |_| other.send(2).expect("the test waits"))).expect("accepted");
+        drop(pool);
+        drop(give);
+        let mut both = [(); 2].map(|()| seen.recv_timeout(LONG).expect("what is queued is run"));
+        both.sort_unstable();
+        assert_eq!(both, [1, 2]);
+    }
 }
 
 #[test]
