@@ -360,8 +360,8 @@ fn who_finds_the_gates_open_after_a_recovery_finds_it_counted() {
             // Asleep, so that opening the gate takes a system call, behind which the one who looks all the time may come.
             let (gate, epoch) = (space.gate(15), space.gate(15).epoch());
             scope.spawn(move || gate.wait_epoch(epoch, Some(Instant::now() + PATIENCE)));
-            scope.spawn(|| monitor::recover(&space.inner));
-            while !space.gate(15).is_open() {
+            let recovery = scope.spawn(|| monitor::recover(&space.inner));
+            while !space.gate(15).is_open() && !recovery.is_finished() {
                 std::hint::spin_loop();
             }
             assert_eq!(space.stats().recoveries, round);

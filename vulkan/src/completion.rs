@@ -17,6 +17,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::mem;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -103,6 +104,8 @@ struct Lines<T> {
 type BySignal<T> = HashMap<On, (Arc<Line<T>>, JoinHandle<()>)>;
 
 struct Line<T> {
+    /// Whether there are tickets; written under the lock of the queue, which signalling holds for as long as results take to be brought back.
+    busy: AtomicBool,
     /// A leaf, under which nothing is allocated or freed.
     queue: Mutex<Queue<T>>,
     /// Rings when a ticket comes to an empty queue and when the line is to stop.
@@ -228,11 +231,15 @@ impl<T: Retire> Lines<T> {
 impl<T: Retire> Line<T> {
     fn new(on: On) -> Self {
         let queue = Queue { on, pending: VecDeque::with_capacity(ROOM), last: 0, closed: false, stop: false };
-        Self { queue: Mutex::new(queue), bell: Condvar::new() }
+        Self { busy: AtomicBool::new(false), queue: Mutex::new(queue), bell: Condvar::new() }
     }
 
     /// Waits for another signal from now on, if it waits for none. Its thread may still be retiring the last ticket for the one before.
     fn take_on(&self, on: On) -> bool {
+        // Relaxed: spares the lock, under which it is looked at once more.
+        if self.busy.load(Ordering::Relaxed) {
+            return false;
+        }
         let mut queue = self.queue();
         let free = queue.pending.is_empty() && !queue.closed && !queue.stop;
         if free {
@@ -270,6 +277,7 @@ impl<T: Retire> Line<T> {
             }
             let at = queue.pending.partition_point(|other| other.value <= waiting.value);
             queue.pending.insert(at, waiting);
+            self.busy.store(true, Ordering::Relaxed);
             drop(queue); // before `room`, which is freed at the end
             self.bell.notify_one();
             return Ok(());
@@ -354,6 +362,7 @@ impl<T: Retire> Line<T> {
                 return;
             };
             let waiting = queue.pending.remove(next);
+            self.busy.store(!queue.pending.is_empty(), Ordering::Relaxed);
             drop(queue);
             if let Some(Waiting { ticket, .. }) = waiting {
                 ticket.retire(outcome);

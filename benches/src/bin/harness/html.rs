@@ -193,6 +193,14 @@ fn strip(out: &mut String, axis: &Axis, class: &str, name: &str, quantiles: &[f6
     out.push_str("</div>");
 }
 
+/// The smallest and the largest of what can be on a logarithmic axis.
+fn extent(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
+    let positive = values.filter(|value| *value > 0.0 && value.is_finite());
+    let (low, high) =
+        positive.fold((f64::INFINITY, 0.0), |(low, high): (f64, f64), value| (low.min(value), high.max(value)));
+    (low <= high).then_some((low, high))
+}
+
 /// A logarithmic axis of 0 to 1000.
 struct Axis {
     low: f64,
@@ -201,12 +209,7 @@ struct Axis {
 
 impl Axis {
     fn of(values: impl Iterator<Item = f64>) -> Self {
-        let positive = values.filter(|value| *value > 0.0 && value.is_finite());
-        let (low, high) =
-            positive.fold((f64::INFINITY, 0.0), |(low, high): (f64, f64), value| (low.min(value), high.max(value)));
-        if low > high {
-            return Self { low: 0.0, high: 1.0 };
-        }
+        let Some((low, high)) = extent(values) else { return Self { low: 0.0, high: 1.0 } };
         // Room beside the ends; never less than a factor of two, so that noise doesn't look like a difference.
         let (low, high) = (low.ln() - 0.05, high.ln() + 0.05);
         let widen = (2.0_f64.ln() - (high - low)).max(0.0) / 2.0;

@@ -17,7 +17,8 @@ pub const MAX_CAPACITY: usize = 1 << 20;
 
 /// Who may see an event: asked with the object's id and the record, tag filled in, after the filter. Answers whether this queue gets it.
 ///
-/// It runs on the posting thread, which may be the one that a mutator waits for: it must not allocate, free, block, or call into this module.
+/// It runs on the posting thread, which may be the one that a mutator waits for: it must not allocate, free, block, or call into
+/// Pinfold, some of whose locks may be held.
 pub type Policy = dyn Fn(u64, &Record) -> bool + Send + Sync;
 
 /// When the queue's file descriptor is written.

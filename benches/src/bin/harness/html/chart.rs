@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{COLOURS, escape};
+use super::{COLOURS, escape, extent};
 use crate::report::Curve;
 use crate::words::{figures, quantity};
 
@@ -84,12 +84,7 @@ struct Decades {
 
 impl Decades {
     fn of(values: impl Iterator<Item = f64>) -> Self {
-        let positive = values.filter(|value| *value > 0.0 && value.is_finite());
-        let (low, high) =
-            positive.fold((f64::INFINITY, 0.0), |(low, high): (f64, f64), value| (low.min(value), high.max(value)));
-        if low > high {
-            return Self { low: 0.0, high: 1.0 };
-        }
+        let Some((low, high)) = extent(values) else { return Self { low: 0.0, high: 1.0 } };
         let (low, high) = (low.log10(), high.log10());
         let room = ((high - low) * 0.06).max(0.12);
         Self { low: low - room, high: high + room }
