@@ -26,9 +26,11 @@ icd_of() {
 }
 
 # on_driver DRIVER COMMAND... runs the command with the Vulkan loader limited to that driver. The second variable is
-# the older name of the first; the third keeps Mesa's layer, which reorders devices, out of the way.
+# the older name of the first; the third keeps Mesa's layer, which reorders devices, out of the way. Tests run one after the
+# other: the validation layer finds what is a device's in a table without a lock (Vulkan-ValidationLayers, issue 4391), so a test
+# that ends its device took another one's process down in one of a thousand runs.
 on_driver() {
     local icd
     icd=$(icd_of "$1")
-    PINFOLD_TEST_DRIVER=$1 VK_DRIVER_FILES=$icd VK_ICD_FILENAMES=$icd NODEVICE_SELECT=1 "${@:2}"
+    PINFOLD_TEST_DRIVER=$1 VK_DRIVER_FILES=$icd VK_ICD_FILENAMES=$icd NODEVICE_SELECT=1 RUST_TEST_THREADS=1 "${@:2}"
 }
