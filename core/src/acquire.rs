@@ -29,7 +29,7 @@ use crate::engine::On;
 use crate::notes::What;
 use crate::object::{Fault, Object, Pin, Slot};
 use crate::populate::{Presence, populate};
-use crate::room::Charge;
+use crate::room::{Charge, Room};
 use crate::state::{Snapshot, State, Step};
 use crate::watch::DmaBufEvent;
 use crate::{Device, Error, Preparation, Request, protocol};
@@ -47,6 +47,8 @@ pub(crate) struct Effort {
     attempts: u32,
     /// Longest wait for a gate or for the probe.
     patience: Duration,
+    /// Whether room that others are about to make is waited for.
+    waits_for_room: bool,
     /// What has been seen of the pages.
     pages: Presence,
 }
@@ -54,11 +56,11 @@ pub(crate) struct Effort {
 impl Effort {
     /// On a worker. A gate is closed for one hold-off at most, and the probe busy for as long; many of them in a row end in `Again`.
     pub(crate) const WORKER: Self =
-        Self { attempts: ATTEMPTS, patience: Duration::from_secs(10), pages: Presence::Unknown };
+        Self { attempts: ATTEMPTS, patience: Duration::from_secs(10), waits_for_room: true, pages: Presence::Unknown };
 
-    /// On the caller's thread: one attempt, no waiting.
-    fn here(pages: Presence) -> Self {
-        Self { attempts: 1, patience: Duration::ZERO, pages }
+    /// On the caller's thread: one attempt, no waiting but for room, by who waits anyway.
+    fn here(pages: Presence, waits_for_room: bool) -> Self {
+        Self { attempts: 1, patience: Duration::ZERO, waits_for_room, pages }
     }
 }
 
@@ -89,6 +91,8 @@ struct Learnt<D: Device> {
     short: Option<On<D>>,
     /// Nobody has asked for it: who is short waits until it is done, and takes its pages then.
     restore: Option<On<D>>,
+    /// Whoever ends the acquisition counts this builder as loose, which takes itself out when it has given back what it had.
+    is_building: bool,
 }
 
 impl<D: Device> Learnt<D> {
@@ -115,13 +119,14 @@ impl<D: Device> Object<D> {
 
     /// `None`: superseded, and whoever did so has told the waiters.
     fn begin(&self, token: u64, step: Step) -> Option<Snapshot> {
-        let slot = self.slot();
+        let mut slot = self.slot();
         loop {
             let seen = self.word.read();
             if slot.token != token || seen.state != State::Queued {
                 return None;
             }
             if let Ok(noted) = self.word.step(seen, step) {
+                slot.is_built = step == Step::Start;
                 return Some(noted); // else: the generation of a queued object may move at any time
             }
         }
@@ -144,6 +149,7 @@ impl<D: Device> Object<D> {
             returned: 0,
             short: None,
             restore: self.is_restore(token).then(|| On::loose(&self.engine)),
+            is_building: true,
         };
         let (mut moved, mut anew) = (0, 0);
         loop {
@@ -156,15 +162,18 @@ impl<D: Device> Object<D> {
                 Ok(Attempt::Moved) => moved += 1,
                 Ok(Attempt::Crowded) => moved = effort.attempts,
                 Ok(Attempt::Anew) => anew += 1,
-                Err(error) if self.made_room(&error, token, &mut learnt) => anew = 0,
-                Err(error) => {
-                    learnt.let_go(); // first: who is told finds the room that this would have taken, and nothing left open
-                    if self.fault(noted, token, error) {
-                        self.wake();
-                        return false;
+                Err(error) => match self.find_room(&error, token, &mut learnt, effort) {
+                    Room::Made => anew = 0,
+                    Room::Coming if !effort.waits_for_room => moved = effort.attempts, // a worker waits
+                    Room::Coming | Room::Nowhere => {
+                        learnt.let_go(); // first: who is told finds the room that this would have taken, and nothing left open
+                        if self.fault(noted, token, error) {
+                            self.wake();
+                            return false;
+                        }
+                        moved += 1; // what failed was not what is mapped now
                     }
-                    moved += 1; // what failed was not what is mapped now
-                }
+                },
             }
             self.engine.counters.retries.fetch_add(1, Ordering::Relaxed);
             let spent = moved >= effort.attempts || anew > ATTEMPTS;
@@ -172,8 +181,13 @@ impl<D: Device> Object<D> {
                 learnt.let_go();
             }
             match self.reclaim(noted, token, spent) {
-                Some(again) => noted = again,
+                Some(again) => {
+                    noted = again;
+                    learnt.is_building = true;
+                }
                 None => {
+                    learnt.let_go();
+                    self.stop_building(token, &mut learnt);
                     self.wake();
                     return false;
                 }
@@ -184,7 +198,7 @@ impl<D: Device> Object<D> {
     /// Notes the word anew, or abandons the object if the attempts are `spent`. `None`: the object is not this builder's any more (cancelled,
     /// closed, or begun by somebody else meanwhile).
     fn reclaim(&self, noted: Snapshot, token: u64, spent: bool) -> Option<Snapshot> {
-        let slot = self.slot();
+        let mut slot = self.slot();
         // The word alone doesn't tell: after a cancel, the next builder's looks the same.
         if slot.token != token {
             return None;
@@ -194,10 +208,24 @@ impl<D: Device> Object<D> {
             return None;
         }
         let seen = self.word.read();
-        match seen.state {
+        let again = match seen.state {
             State::Acquiring if seen == noted => Some(seen),
             State::Invalid => self.word.step(seen, Step::Claim).ok(),
             _ => None,
+        };
+        slot.is_built |= again.is_some();
+        again
+    }
+
+    /// The builder has nothing that others lack. Whoever ends the acquisition from now on doesn't count it as loose; who has done so finds it gone.
+    fn stop_building(&self, token: u64, learnt: &mut Learnt<D>) {
+        let mut slot = self.slot();
+        let was_building = std::mem::take(&mut learnt.is_building);
+        if slot.token == token {
+            slot.is_built = false;
+        } else if was_building {
+            drop(slot);
+            self.engine.loose.sub(0);
         }
     }
 
@@ -206,6 +234,7 @@ impl<D: Device> Object<D> {
         let mut slot = self.slot();
         let ours = slot.token == token && self.word.step(noted, Step::Fault).is_ok();
         if ours {
+            slot.is_built = false;
             self.fail(&mut slot, error, token);
         }
         ours
@@ -285,17 +314,21 @@ impl<D: Device> Object<D> {
         Ok(Attempt::Valid)
     }
 
-    /// Whether something was given back for an acquisition that ended by this error, so that it is worth another try.
-    fn made_room(&self, error: &Error, token: u64, learnt: &mut Learnt<D>) -> bool {
-        let &Error::Budget { needed, available, .. } = error else { return false };
+    /// What has come of it, where an acquisition ended by this error and that is for want of room.
+    fn find_room(&self, error: &Error, token: u64, learnt: &mut Learnt<D>, effort: Effort) -> Room {
+        let &Error::Budget { needed, available, .. } = error else { return Room::Nowhere };
         if learnt.rounds == ROUNDS || !self.engine.can_fit(self.range) || self.is_restore(token) {
-            return false;
+            return Room::Nowhere;
         }
         learnt.restore = None; // somebody has asked meanwhile, and it waits for others now
+        if learnt.charge.is_none() {
+            self.stop_building(token, learnt); // it has nothing, and would wait for itself if the acquisition ended
+        }
         learnt.short.get_or_insert_with(|| On::short(&self.engine));
         let short = needed.saturating_sub(available).max(1).saturating_mul(1 << learnt.rounds);
         learnt.rounds += 1;
-        self.engine.make_room(short, self.last_used.load(Ordering::Relaxed), learnt.returned)
+        let patience = if effort.waits_for_room { self.engine.patience() } else { Duration::ZERO };
+        self.engine.make_room(short, self.last_used.load(Ordering::Relaxed), learnt.returned, patience)
     }
 
     /// Takes a dma-buf. There is nothing to populate and nothing to watch: its pages stay until everybody has closed it.
@@ -393,6 +426,7 @@ impl<D: Device> Object<D> {
         }
         slot.coverage = Some(coverage);
         slot.fault = None;
+        slot.is_built = false;
         // Counted and told here: it may be taken back at once, and a lease of it is taken under the same lock, so that what its work tells comes later.
         self.imports.fetch_add(1, Ordering::Relaxed);
         if slot.hot.as_ref().is_some_and(|hot| hot.token == token) {
@@ -437,12 +471,12 @@ impl<D: Device> Object<D> {
     }
 
     /// How the pages are taken at once, where a worker isn't worth its wake-up: up to `limit` bytes that are in memory.
-    pub(crate) fn quick(&self, limit: usize) -> Option<Effort> {
+    pub(crate) fn quick(&self, limit: usize, waits_for_room: bool) -> Option<Effort> {
         if self.range.len() > limit || self.dmabuf.is_some() {
             return None;
         }
         let pages = Presence::of(self.range);
-        (pages != Presence::Unknown).then(|| Effort::here(pages))
+        (pages != Presence::Unknown).then(|| Effort::here(pages, waits_for_room))
     }
 }
 

@@ -26,9 +26,6 @@ struct Owner<D: Device> {
     server: OnceLock<share::Server>,
 }
 
-/// How many times more bytes a thread takes itself that would only wait meanwhile: 16 MiB by default, which takes as long as some wake-ups.
-const PATIENT: usize = 64;
-
 impl<D: Device> Manager<D> {
     /// A manager of `device`.
     ///
@@ -163,7 +160,7 @@ impl<D: Device> Manager<D> {
     /// # Errors
     /// [`Error::Again`] while workers are on it; [`Error::Fault`], [`Error::Budget`], [`Error::Device`] once for each acquisition that failed.
     pub fn acquire(&self, objects: &[&Userptr<D>]) -> Result<Lease<D>, Error> {
-        self.try_acquire(objects, None, self.engine().config.inline_limit).map_err(|wait| wait.error)
+        self.try_acquire(objects, None, false).map_err(|wait| wait.error)
     }
 
     /// Says that the objects will be acquired soon: those that are not valid begin to be acquired, by workers, so that the acquire need not wait.
@@ -186,9 +183,9 @@ impl<D: Device> Manager<D> {
         // The clock is read only where somebody has to wait.
         let mut deadline = None;
         let mut deadline = || *deadline.get_or_insert_with(|| Instant::now() + limit);
-        let (mut since, alone) = (Since::default(), self.engine().config.inline_limit.saturating_mul(PATIENT));
+        let mut since = Since::default();
         loop {
-            match self.try_acquire(objects, Some(&mut since), alone) {
+            match self.try_acquire(objects, Some(&mut since), true) {
                 Ok(lease) => return Ok(lease),
                 Err(Wait { error, object: Some((index, seen)) }) if error.is_again() => {
                     if !objects[index].handle.object.ended.wait(seen, Some(deadline())) {

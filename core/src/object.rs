@@ -62,10 +62,24 @@ pub(crate) struct Slot<D: Device> {
     pub(crate) pin: Option<Arc<Pin<D>>>,
     /// The acquisition that may build this object. Moves on together with the word's step, when one is begun, cancelled or the object closed.
     pub(crate) token: u64,
+    /// Somebody builds for this acquisition, and may have been counted what others lack.
+    pub(crate) is_built: bool,
     pub(crate) coverage: Option<Coverage>,
     pub(crate) fault: Option<Fault>,
     pub(crate) wakers: Vec<Waker>,
     pub(crate) hot: Option<Box<Hot>>,
+}
+
+impl<D: Device> Slot<D> {
+    /// Ends the acquisition that was the object's, and returns the next one's number. Who still builds for it finds out when it comes back from
+    /// the kernel or the device; what it gives back then is room for others from now on, so they wait for it.
+    pub(crate) fn next_acquisition(&mut self, engine: &Engine<D>) -> u64 {
+        if std::mem::take(&mut self.is_built) {
+            engine.loose.add(0); // until `Object::stop_building`
+        }
+        self.token += 1;
+        self.token
+    }
 }
 
 /// The end of a failed acquisition.
@@ -102,7 +116,8 @@ pub(crate) struct Handle<D: Device> {
 impl<D: Device> Object<D> {
     pub(crate) fn new(range: HostRange, access: Access, label: Box<str>, engine: Arc<Engine<D>>) -> Self {
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
-        let slot = Slot { pin: None, token: 0, coverage: None, fault: None, wakers: Vec::new(), hot: None };
+        let slot =
+            Slot { pin: None, token: 0, is_built: false, coverage: None, fault: None, wakers: Vec::new(), hot: None };
         Self {
             id,
             range,
@@ -179,7 +194,7 @@ impl<D: Device> Object<D> {
     pub(crate) fn close(self: &Arc<Self>) {
         let before = {
             let mut slot = self.slot();
-            slot.token += 1;
+            slot.next_acquisition(&self.engine);
             self.word.take_back(Step::Close)
         };
         if before.state == State::Closed {

@@ -14,17 +14,21 @@ use crate::object::Object;
 use crate::state::{Snapshot, State, Step};
 use crate::{Device, Error, Lease, Manager, Path, Userptr, protocol};
 
+/// How many times more bytes a thread takes itself that would only wait meanwhile: 16 MiB by default, which takes as long as some wake-ups.
+const PATIENT: usize = 64;
+
 impl<D: Device> Manager<D> {
-    /// A lease if all are valid, or can be made so at once. `alone` is how many bytes a caller who would wait for one object only had rather take
-    /// itself.
+    /// A lease if all are valid, or can be made so at once. A caller who `waits` had rather take the pages itself than wait for others to, where that
+    /// is one object only, and up to a larger limit.
     pub(crate) fn try_acquire(
         &self,
         objects: &[&Userptr<D>],
         since: Option<&mut Since>,
-        alone: usize,
+        waits: bool,
     ) -> Result<Lease<D>, Wait> {
         self.ask_for(objects)?;
         let limit = self.engine().config.inline_limit;
+        let alone = if waits { limit.saturating_mul(PATIENT) } else { limit };
         let mut lease = Lease::with_capacity(objects.len());
         let mut wait = None;
         let since = since.map(|since| since.for_objects(objects));
@@ -35,7 +39,7 @@ impl<D: Device> Manager<D> {
             // Several go to workers, who take them side by side.
             let is_ready = |other: &&Userptr<D>| other.handle.object.word.read().state == State::Valid;
             let here = || if wait.is_none() && objects[index + 1..].iter().all(is_ready) { alone } else { limit };
-            match object.ready(first, here)? {
+            match object.ready(first, here, waits)? {
                 Some((noted, pin)) => lease.add(userptr.handle.clone(), noted, pin),
                 None => wait = wait.or(Some((index, seen))), // the others begin all the same
             }
@@ -115,6 +119,7 @@ impl<D: Device> Object<D> {
         self: &Arc<Self>,
         first: u64,
         limit: impl Fn() -> usize,
+        waits: bool,
     ) -> Result<Option<(Snapshot, Arc<crate::object::Pin<D>>)>, Error> {
         let engine = &self.engine;
         // The time is read only where somebody has to wait.
@@ -149,7 +154,7 @@ impl<D: Device> Object<D> {
                         return Err(error);
                     }
                     let may_try = !tried_here && seen.state != State::Faulted;
-                    if let Some(effort) = may_try.then(|| self.quick(limit())).flatten() {
+                    if let Some(effort) = may_try.then(|| self.quick(limit(), waits)).flatten() {
                         tried_here = true;
                         if let Some((noted, token)) = self.begin_acquisition(seen, Step::Claim) {
                             engine.counters.inline.fetch_add(1, Ordering::Relaxed);
@@ -199,8 +204,9 @@ impl<D: Device> Object<D> {
     fn begin_acquisition(&self, seen: Snapshot, step: Step) -> Option<(Snapshot, u64)> {
         let mut slot = self.slot();
         let noted = self.word.step(seen, step).ok()?;
-        slot.token += 1;
-        Some((noted, slot.token))
+        let token = slot.next_acquisition(&self.engine);
+        slot.is_built = step == Step::Claim;
+        Some((noted, token))
     }
 
     /// Brings a mirror up to date.
@@ -232,7 +238,7 @@ impl<D: Device> Object<D> {
             }
         }
         let token = slot.token;
-        slot.token += 1;
+        slot.next_acquisition(&self.engine);
         self.fail(&mut slot, Error::Cancelled, token);
         drop(slot);
         self.wake();
@@ -253,8 +259,7 @@ impl<D: Device> Future for Acquire<'_, D> {
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
         loop {
-            let limit = this.manager.engine().config.inline_limit;
-            let wait = match this.manager.try_acquire(this.objects, Some(&mut this.since), limit) {
+            let wait = match this.manager.try_acquire(this.objects, Some(&mut this.since), false) {
                 Err(wait) if wait.error.is_again() => wait,
                 done => return Poll::Ready(done.map_err(|wait| wait.error)),
             };

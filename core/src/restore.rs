@@ -84,7 +84,6 @@ impl<D: Device> Object<D> {
         }
         let token = {
             let mut slot = self.slot();
-            let slot = &mut *slot;
             let Some(hot) = slot.hot.as_mut() else { return };
             hot.waiting = false;
             let seen = self.word.read();
@@ -92,9 +91,9 @@ impl<D: Device> Object<D> {
             if self.word.step(seen, Step::Enqueue).is_err() {
                 return;
             }
-            slot.token += 1;
-            hot.token = slot.token;
-            slot.token
+            let token = slot.next_acquisition(&self.engine);
+            slot.hot.as_mut().expect("looked at above").token = token;
+            token
         };
         self.engine.note(self, What::Queued);
         let object = Arc::clone(self);

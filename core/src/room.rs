@@ -9,13 +9,15 @@
 //! **Protocol.** Each acquire stamps its objects with its own number. Whoever is short lets go of what is dead already, then takes the oldest
 //! stamps: under the object lock, if the slot's is the only reference to the pages, the word goes from exactly *valid* to *invalid, next
 //! generation* and the pages leave the slot. Leases take their reference under the same lock. An object that is kept ready wants its pages back at once: until
-//! whoever was short has his, it gets none, and what it had begun to take is waited for and taken. Finding the oldest is one walk over all objects
+//! whoever was short has his, it gets none, and what it had begun to take is waited for and taken. So is what somebody takes whose acquisition has
+//! been cancelled, closed or begun anew meanwhile: he gives it back as soon as he finds out. And pages that are being taken for an acquire before
+//! ours are waited for, and evicted unless they are used by then. Finding the oldest is one walk over all objects
 //! for the next [`VICTIMS`] evictions, so the threads that acquire and submit pay a store each and keep no list.
 
 use std::collections::BinaryHeap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pinfold_invalidate::{HostRange, Target};
 
@@ -43,6 +45,15 @@ pub(crate) struct Charge<D: Device> {
     pub(crate) engine: Arc<Engine<D>>,
     pub(crate) bytes: u64,
     locked: u64,
+}
+
+/// What came of a search for room.
+pub(crate) enum Room {
+    /// Something has been given back since there was none, by whomever.
+    Made,
+    /// Nothing yet. Somebody has pages that will be.
+    Coming,
+    Nowhere,
 }
 
 impl<D: Device> Drop for Charge<D> {
@@ -82,8 +93,8 @@ impl<D: Device> Engine<D> {
     }
 
     /// Gives `bytes` back to the device, of objects last used before the acquire with this number. `seen` is how many charges had been returned
-    /// when it was found that there is no room. False if nothing has been given back since, by nobody.
-    pub(crate) fn make_room(self: &Arc<Self>, bytes: u64, before: u64, seen: u64) -> bool {
+    /// when it was found that there is no room. What others are about to give back is waited for, for as long as `patience`.
+    pub(crate) fn make_room(self: &Arc<Self>, bytes: u64, before: u64, seen: u64, patience: Duration) -> Room {
         let evicted = |object: &Object<D>, bytes| {
             self.counters.evicted.fetch_add(1, Ordering::Relaxed);
             self.counters.evicted_bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -91,17 +102,45 @@ impl<D: Device> Engine<D> {
         };
         let freed = self.reap(usize::MAX);
         if freed >= bytes || freed + self.evict(bytes - freed, before, evicted) > 0 {
-            return true;
+            return Room::Made;
         }
-        // What others are just letting go of is room, too, and so is what is just being restored. Pages that nobody uses go from their object into
-        // somebody's hands, from there to the graveyard, from there into somebody's hands again, and then are given back. They are looked for in
-        // this order, so they can't slip by.
-        let deadline = Instant::now() + self.patience();
-        let found = self.loose.wait_none(deadline) && self.reap(usize::MAX) > 0;
-        found || {
-            self.loose.wait_none(deadline);
-            self.returned.load(Ordering::Relaxed) != seen || self.evict(bytes, before, evicted) > 0
+        // What others are just letting go of is room, too, and so is what is just being restored, taken for an acquisition that is over, or taken for
+        // one that is older than ours. Pages that nobody uses go from their builder to their object, from there into somebody's hands, to the graveyard,
+        // from there into somebody's hands again, and then are given back. They are looked for in this order, so they can't slip by.
+        let deadline = Instant::now() + patience;
+        let mut patient = !patience.is_zero();
+        loop {
+            let older = self.being_built(before);
+            if self.loose.wait_none(deadline) && self.reap(usize::MAX) > 0 {
+                return Room::Made;
+            }
+            let quiet = self.loose.wait_none(deadline);
+            if self.returned.load(Ordering::Relaxed) != seen || self.evict(bytes, before, evicted) > 0 {
+                return Room::Made;
+            }
+            match older {
+                Some((object, ended)) if patient => patient = object.ended.wait(ended, Some(deadline)),
+                None if quiet => return Room::Nowhere,
+                _ => return Room::Coming,
+            }
         }
+    }
+
+    /// An object whose pages are being taken for acquires before the one with this number, and what to sleep on until they are.
+    fn being_built(&self, before: u64) -> Option<(Arc<Object<D>>, u32)> {
+        let mut found = None;
+        self.each_object(|object, target| {
+            if found.is_some() || object.last_used.load(Ordering::Relaxed) >= before {
+                return;
+            }
+            let ended = object.ended.value(); // first: what ends after it was seen wakes us
+            // Invalid: the memory has changed hands, and the builder is about to begin anew.
+            let may_be = matches!(object.word.read().state, State::Acquiring | State::Invalid);
+            if may_be && object.slot().is_built {
+                found = Some((Arc::clone(target), ended));
+            }
+        });
+        found.and_then(|(target, ended)| Some((Object::of(target)?, ended)))
     }
 
     /// Gives idle objects' pages back, the least recently used first, until it is `bytes` or nothing is left. Returns how many it was.

@@ -292,6 +292,60 @@ fn pages_that_are_let_go_of_while_somebody_waits_for_room_are_his() {
     rig.device.let_go();
 }
 
+#[test]
+fn what_is_being_taken_for_nobody_any_more_or_for_an_older_acquire_is_room_for_who_waits() {
+    let _alone = alone();
+    for how in ["cancelled", "closed", "begun anew", "older"] {
+        let (rig, _region, objects) = with_budget(1, 1);
+        let untouched = Region::untouched(Backing::Anonymous, 1).unwrap(); // so that it is a worker's work
+        let mut first = Some(register(&rig.manager, untouched.range()));
+        rig.device.script(Call::Import, &[Answer::Hold]);
+        assert!(rig.manager.acquire(&[first.as_ref().unwrap()]).unwrap_err().is_again());
+        rig.device.wait_held(1);
+        match how {
+            "cancelled" => assert!(first.as_ref().unwrap().cancel()),
+            "closed" => first = None,
+            "older" => {}
+            _ => rig.manager.invalidate(untouched.range()).unwrap(),
+        }
+        let asked = first.as_ref().filter(|_| how == "begun anew").unwrap_or(&objects[0]);
+        thread::scope(|scope| {
+            let (tell, told) = channel();
+            let manager = &rig.manager;
+            let asks = scope.spawn(move || {
+                tell.send(nix::unistd::gettid()).unwrap();
+                manager.acquire_timeout(&[asked], PATIENCE).map(drop)
+            });
+            let asks_as = told.recv_timeout(PATIENCE).unwrap();
+            let is_waiting = || manager.stats().short > 0 && is_asleep(asks_as);
+            wait_until("somebody who is short", || asks.is_finished() || is_waiting());
+            rig.device.let_go();
+            asks.join().unwrap().unwrap_or_else(|error| panic!("{how}: {error}"));
+        });
+        assert_eq!((asked.state().unwrap(), rig.device.live_imports()), (State::Valid, 1), "{how}");
+        assert_eq!(rig.manager.stats().evicted, u64::from(how == "older"), "{how}");
+        let end = thread::spawn(move || drop(rig));
+        wait_until("the manager's end: nobody is waited for any more", || end.is_finished());
+    }
+}
+
+#[test]
+fn who_does_not_wait_leaves_it_to_a_worker_to_wait_for_room() {
+    let _alone = alone();
+    let (rig, _region, objects) = with_budget(1, 1);
+    let untouched = Region::untouched(Backing::Anonymous, 1).unwrap();
+    let first = register(&rig.manager, untouched.range());
+    rig.device.script(Call::Import, &[Answer::Hold]);
+    assert!(rig.manager.acquire(&[&first]).unwrap_err().is_again());
+    rig.device.wait_held(1);
+    let error = rig.manager.acquire(&[&objects[0]]).unwrap_err();
+    assert!(error.is_again(), "{error}");
+    assert_eq!(rig.manager.stats().acquired_inline, 1, "it was tried at once, as the page is in memory");
+    rig.device.let_go();
+    drop(lease(&rig.manager, &objects[0]));
+    assert_eq!((valid(&objects).as_str(), rig.manager.stats().evicted), ("V", 1));
+}
+
 fn is_asleep(thread: nix::unistd::Pid) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/self/task/{thread}/stat")).unwrap();
     stat.rsplit(')').next().unwrap().trim_start().starts_with('S')

@@ -11,6 +11,7 @@ use super::{Fake, patient, register};
 pub fn with_budget(budget: usize, objects: usize) -> (Fake, Region, Vec<Userptr<FakeDevice>>) {
     let mut config = patient();
     config.budget = (budget * page_size()) as u64;
+    config.close_limit = 4 * PATIENCE; // so that who forgets to say that it has let go is found out
     let rig = Fake::with(config);
     let region = Region::new(Backing::Anonymous, objects).unwrap();
     let objects = (0..objects).map(|page| register(&rig.manager, region.part(page..page + 1))).collect();
