@@ -180,18 +180,14 @@ impl<D: Device> Object<D> {
             if spent {
                 learnt.let_go();
             }
-            match self.reclaim(noted, token, spent) {
-                Some(again) => {
-                    noted = again;
-                    learnt.is_building = true;
-                }
-                None => {
-                    learnt.let_go();
-                    self.stop_building(token, &mut learnt);
-                    self.wake();
-                    return false;
-                }
-            }
+            let Some(again) = self.reclaim(noted, token, spent) else {
+                learnt.let_go(); // before anybody is told
+                self.stop_building(token, &mut learnt);
+                self.wake();
+                return false;
+            };
+            noted = again;
+            learnt.is_building = true;
         }
     }
 
@@ -218,15 +214,18 @@ impl<D: Device> Object<D> {
     }
 
     /// The builder has nothing that others lack. Whoever ends the acquisition from now on doesn't count it as loose; who has done so finds it gone.
-    fn stop_building(&self, token: u64, learnt: &mut Learnt<D>) {
+    /// Returns whether the object is still this builder's.
+    fn stop_building(&self, token: u64, learnt: &mut Learnt<D>) -> bool {
         let mut slot = self.slot();
         let was_building = std::mem::take(&mut learnt.is_building);
-        if slot.token == token {
+        let is_ours = slot.token == token;
+        if is_ours {
             slot.is_built = false;
         } else if was_building {
             drop(slot);
             self.engine.loose.sub(0);
         }
+        is_ours
     }
 
     /// Ends the acquisition by an error. False: the object has changed hands meanwhile, or is not this builder's any more.
@@ -321,8 +320,12 @@ impl<D: Device> Object<D> {
             return Room::Nowhere;
         }
         learnt.restore = None; // somebody has asked meanwhile, and it waits for others now
-        if learnt.charge.is_none() {
-            self.stop_building(token, learnt); // it has nothing, and would wait for itself if the acquisition ended
+        // Who waits has nothing that is waited for, least of all by itself.
+        if learnt.charge.take().is_some() {
+            learnt.returned += 1; // its own, which isn't the room it looks for
+        }
+        if !self.stop_building(token, learnt) {
+            return Room::Nowhere; // for nobody
         }
         learnt.short.get_or_insert_with(|| On::short(&self.engine));
         let short = needed.saturating_sub(available).max(1).saturating_mul(1 << learnt.rounds);

@@ -43,7 +43,8 @@ pub(crate) struct Engine<D: Device> {
     pub(crate) objects: Level,
     /// Submits under way, and whether the manager is closing.
     pub(crate) flights: Flights,
-    /// Threads that have taken a stale pin out of its slot, or what is dead out of the graveyard, and not yet let go of it; and restores under way.
+    /// Threads that have taken a stale pin out of its slot, or what is dead out of the graveyard, and not yet let go of it; restores under
+    /// way; and who still builds for an acquisition that is over.
     pub(crate) loose: Level,
     /// Acquisitions under way that somebody has asked for and that found no room at first. Until they end: what a device has room for shows only when it
     /// imports.

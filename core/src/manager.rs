@@ -175,7 +175,8 @@ impl<D: Device> Manager<D> {
     /// As [`acquire`](Self::acquire), waiting up to `limit`, from where it begins to wait.
     ///
     /// Where a single object is not valid, this thread takes its pages itself instead of waiting for a worker, if they are in memory and
-    /// no more than 64 times [`Config::inline_limit`]. That ends when it is done.
+    /// no more than 64 times [`Config::inline_limit`]. That ends when it is done. Where there is no room, it waits for pages that others are giving
+    /// back, two hold-offs at most.
     ///
     /// # Errors
     /// As [`acquire`](Self::acquire); [`Error::Again`] when the time is over.

@@ -10,8 +10,7 @@
 //! stamps: under the object lock, if the slot's is the only reference to the pages, the word goes from exactly *valid* to *invalid, next
 //! generation* and the pages leave the slot. Leases take their reference under the same lock. An object that is kept ready wants its pages back at once: until
 //! whoever was short has his, it gets none, and what it had begun to take is waited for and taken. So is what somebody takes whose acquisition has
-//! been cancelled, closed or begun anew meanwhile: he gives it back as soon as he finds out. And pages that are being taken for an acquire before
-//! ours are waited for, and evicted unless they are used by then. Finding the oldest is one walk over all objects
+//! been cancelled, closed or begun anew meanwhile: he gives it back as soon as he finds out. Finding the oldest is one walk over all objects
 //! for the next [`VICTIMS`] evictions, so the threads that acquire and submit pay a store each and keep no list.
 
 use std::collections::BinaryHeap;
@@ -51,7 +50,7 @@ pub(crate) struct Charge<D: Device> {
 pub(crate) enum Room {
     /// Something has been given back since there was none, by whomever.
     Made,
-    /// Nothing yet. Somebody has pages that will be.
+    /// Nothing yet. Somebody may be about to.
     Coming,
     Nowhere,
 }
@@ -104,43 +103,18 @@ impl<D: Device> Engine<D> {
         if freed >= bytes || freed + self.evict(bytes - freed, before, evicted) > 0 {
             return Room::Made;
         }
-        // What others are just letting go of is room, too, and so is what is just being restored, taken for an acquisition that is over, or taken for
-        // one that is older than ours. Pages that nobody uses go from their builder to their object, from there into somebody's hands, to the graveyard,
-        // from there into somebody's hands again, and then are given back. They are looked for in this order, so they can't slip by.
+        // What others are just letting go of is room, too, and so is what is just being restored, or taken for an acquisition that is over. Pages that
+        // nobody uses go from their object into somebody's hands, from there to the graveyard, from there into somebody's hands again, and then are
+        // given back. They are looked for in this order, so they can't slip by.
         let deadline = Instant::now() + patience;
-        let mut patient = !patience.is_zero();
-        loop {
-            let older = self.being_built(before);
-            if self.loose.wait_none(deadline) && self.reap(usize::MAX) > 0 {
-                return Room::Made;
-            }
-            let quiet = self.loose.wait_none(deadline);
-            if self.returned.load(Ordering::Relaxed) != seen || self.evict(bytes, before, evicted) > 0 {
-                return Room::Made;
-            }
-            match older {
-                Some((object, ended)) if patient => patient = object.ended.wait(ended, Some(deadline)),
-                None if quiet => return Room::Nowhere,
-                _ => return Room::Coming,
-            }
+        if self.loose.wait_none(deadline) && self.reap(usize::MAX) > 0 {
+            return Room::Made;
         }
-    }
-
-    /// An object whose pages are being taken for acquires before the one with this number, and what to sleep on until they are.
-    fn being_built(&self, before: u64) -> Option<(Arc<Object<D>>, u32)> {
-        let mut found = None;
-        self.each_object(|object, target| {
-            if found.is_some() || object.last_used.load(Ordering::Relaxed) >= before {
-                return;
-            }
-            let ended = object.ended.value(); // first: what ends after it was seen wakes us
-            // Invalid: the memory has changed hands, and the builder is about to begin anew.
-            let may_be = matches!(object.word.read().state, State::Acquiring | State::Invalid);
-            if may_be && object.slot().is_built {
-                found = Some((Arc::clone(target), ended));
-            }
-        });
-        found.and_then(|(target, ended)| Some((Object::of(target)?, ended)))
+        let quiet = self.loose.wait_none(deadline);
+        if self.returned.load(Ordering::Relaxed) != seen || self.evict(bytes, before, evicted) > 0 {
+            return Room::Made;
+        }
+        if quiet { Room::Nowhere } else { Room::Coming }
     }
 
     /// Gives idle objects' pages back, the least recently used first, until it is `bytes` or nothing is left. Returns how many it was.
